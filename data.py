@@ -1,0 +1,519 @@
+"""Everything that comes from disk or from the drawing board: data sets, crops, downloads and the code cache.
+
+    shapes                           drawn on the fly, no download: the default
+    fashion_mnist, mnist, cifar10    found on this machine or downloaded
+    a folder                         one sub-folder per class, as ImageNet has it
+
+Shapes: M images of a data set, B images of a batch, H x W pixels, K crops per image, N tokens per image.
+Run:    python data.py               # draws out/shapes.png, 40 pictures of the default data set with captions
+"""
+import gzip
+import hashlib
+import math
+import os
+import sys
+import tarfile
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+from tokenizer import InputError
+
+ARRAY_NAMES = ("shapes", "fashion_mnist", "mnist", "cifar10")
+CACHE = Path(os.environ.get("LLAMAGEN_CACHE", Path.home() / ".cache" / "llamagen"))
+DEBIAN = Path("/usr/share/datasets")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# shapes: ten kinds x eight colours x six backgrounds x two sizes, anywhere in the picture, lit from a random side
+
+def ngon(n, start=-90, radius=1.0, x=0.0, y=0.0):
+    """The n corners of a regular polygon, (n, 2); start in degrees, -90 is straight up (y grows downwards)."""
+    angle = np.deg2rad(start + np.arange(n) * 360 / n)
+    return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=1)
+
+
+def star(points=5, inner=0.42):
+    return np.stack([ngon(points), ngon(points, -90 + 180 / points, inner)], axis=1).reshape(-1, 2)
+
+
+def heart():
+    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([16 * np.sin(t) ** 3, -y - 2.5], axis=1) / 16
+
+
+def cross(arm=0.34):
+    a = arm
+    return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a),
+                     (-a, -a)])
+
+
+# Each kind is one outline, or an outline and a hole, in units of the shape's radius.
+KINDS = {
+    "circle": [ngon(64)],
+    "square": [ngon(4, -45, 1.15)],
+    "triangle": [ngon(3, radius=1.15, y=0.15)],
+    "diamond": [ngon(4) * (0.72, 1.1)],
+    "pentagon": [ngon(5, radius=1.05)],
+    "star": [star() * 1.15],
+    "heart": [heart() * 1.05],
+    "ring": [ngon(64), ngon(64, radius=0.5)],
+    "cross": [cross()],
+    "crescent": [ngon(64), ngon(64, radius=0.85, x=0.5)],
+}
+COLOURS = {"red": (222, 40, 44), "orange": (247, 140, 22), "yellow": (252, 222, 48), "green": (52, 178, 74),
+           "cyan": (64, 208, 232), "blue": (56, 100, 236), "purple": (150, 64, 200), "pink": (248, 132, 190)}
+BACKGROUNDS = {"black": (18, 18, 22), "white": (240, 240, 238), "gray": (122, 124, 128), "navy": (20, 28, 84),
+               "brown": (92, 54, 32), "forest": (18, 72, 46)}
+SIZES = {"small": 0.26, "large": 0.39}                           # radius as a share of the picture's side
+SHAPES_COUNT = {"train": 20_000, "test": 10_000}
+
+
+def shape_attributes(split, index, seed=0):
+    """What picture `index` of a split shows: its words and its continuous parameters, from (seed, split, index) alone.
+
+    The split is part of the key of the random generator, so train and test are different streams, and two pictures
+    differ in position, light direction and light strength even where all their words agree.
+    """
+    rng = np.random.default_rng((seed, ("train", "test").index(split), index))
+    pick = lambda names: list(names)[rng.integers(len(names))]
+    item = dict(kind=pick(KINDS), colour=pick(COLOURS), background=pick(BACKGROUNDS), size=pick(SIZES))
+    radius = SIZES[item["size"]]
+    item["x"], item["y"] = rng.uniform(1.15 * radius, 1 - 1.15 * radius, size=2)         # centre, as shares of the side
+    item["light_angle"], item["light_strength"] = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.25)
+    item["caption"] = "a {size} {colour} {kind} on a {background} background".format(**item)
+    return item
+
+
+def draw_shapes(split="train", start=0, n=100, size=32, seed=0):
+    """Pictures start .. start+n-1 of a split: images uint8 (n, size, size, 3) and their attributes, a list of n dicts."""
+    items = [shape_attributes(split, i, seed) for i in range(start, start + n)]
+    images = np.empty((n, size, size, 3), np.uint8)
+    axis = np.linspace(-1, 1, size, dtype=np.float32)
+    for first in range(0, n, 1000):                              # in blocks: the float pictures need 12 times the memory
+        block = items[first:first + 1000]
+        alpha = np.stack([shape_mask(item, size) for item in block])[..., None] / np.float32(255)
+        colour = np.array([COLOURS[item["colour"]] for item in block], np.float32)[:, None, None]
+        background = np.array([BACKGROUNDS[item["background"]] for item in block], np.float32)[:, None, None]
+        angle = np.array([item["light_angle"] for item in block], np.float32)[:, None, None]
+        strength = np.array([item["light_strength"] for item in block], np.float32)[:, None, None]
+        light = 1 + strength * (np.cos(angle) * axis[None, None] + np.sin(angle) * axis[None, :, None])
+        pixels = (background + alpha * (colour - background)) * light[..., None]
+        images[first:first + 1000] = np.clip(pixels + 0.5, 0, 255)
+    return images, items
+
+
+def shape_mask(item, size, oversample=4):
+    """How much of each pixel the shape covers, uint8 (size, size): drawn 4 times too large, then averaged."""
+    canvas = Image.new("L", (size * oversample,) * 2)
+    draw = ImageDraw.Draw(canvas)
+    scale = size * oversample
+    for outline, fill in zip(KINDS[item["kind"]], (255, 0)):
+        points = (outline * SIZES[item["size"]] + (item["x"], item["y"])) * scale - 0.5
+        draw.polygon(points.ravel().tolist(), fill=fill)
+    return np.asarray(canvas.reduce(oversample))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Files: find them on this machine, or download them
+
+FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+PUBLIC_FILES = {                                                 # (data set, file): (address, md5)
+    ("fashion_mnist", "train-images-idx3-ubyte.gz"): (FASHION, "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+    ("fashion_mnist", "train-labels-idx1-ubyte.gz"): (FASHION, "25c81989df183df01b3e8a0aad5dffbe"),
+    ("fashion_mnist", "t10k-images-idx3-ubyte.gz"): (FASHION, "bef4ecab320f06d8554ea6380940ec79"),
+    ("fashion_mnist", "t10k-labels-idx1-ubyte.gz"): (FASHION, "bb300cfdad3c16e7a12a480ee83cd310"),
+    ("mnist", "train-images-idx3-ubyte.gz"): (MNIST, "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+    ("mnist", "train-labels-idx1-ubyte.gz"): (MNIST, "d53e105ee54ea40749a09fcbcd1e9432"),
+    ("mnist", "t10k-images-idx3-ubyte.gz"): (MNIST, "9fb629c4189551a2d022fa330f9573f3"),
+    ("mnist", "t10k-labels-idx1-ubyte.gz"): (MNIST, "ec29112dd5afa0611ce80d1b7f02629c"),
+    ("cifar10", "cifar-10-binary.tar.gz"): ("https://www.cs.toronto.edu/~kriz/", "c32a1d4ab5d03f1284b67883e8d87530"),
+    ("lpips", "vgg16-397923af.pth"): ("https://download.pytorch.org/models/", None),     # its name holds its sha256
+    ("lpips", "vgg.pth"): ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/",
+                           "d507d7349b931f0638a25a48a722f98a"),
+}
+
+
+def find_file(group, name, data_dir=None):
+    """Path of one public file: in data_dir, the cache, Debian's data sets (.gz or not), else downloaded to the cache."""
+    dashed = group.replace("_", "-")
+    folders = [Path(data_dir) / sub for sub in ("", group, dashed)] if data_dir else []
+    folders += [CACHE / group, DEBIAN / dashed]
+    for folder in folders:
+        for candidate in (folder / name, folder / name.removesuffix(".gz")):
+            if candidate.is_file():
+                return candidate
+    return download(group, name)
+
+
+def download(group, name):
+    """Fetch one public file into the cache folder with a progress bar, check it, and only then give it its name."""
+    address, md5 = PUBLIC_FILES[group, name]
+    target = CACHE / group / name
+    partial = target.with_name(f"{name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = {"md5": hashlib.md5(), "sha256": hashlib.sha256()}
+        with urllib.request.urlopen(address + name, timeout=20) as source, open(partial, "wb") as out, \
+                tqdm(total=int(source.headers.get("Content-Length", 0)), unit="B", unit_scale=True, desc=name) as bar:
+            while block := source.read(1 << 20):
+                out.write(block)
+                bar.update(len(block))
+                for h in digest.values():
+                    h.update(block)
+        good = digest["md5"].hexdigest() == md5 if md5 else digest["sha256"].hexdigest()[:8] in name
+        if not good:
+            raise InputError(f"{address}{name} arrived damaged (wrong checksum): try again")
+        partial.rename(target)
+    except OSError as error:                                     # no network, no such host, time out, disk full
+        raise InputError(f"{name} is not on this machine and cannot be downloaded ({error}): "
+                         f"get {address}{name} and put it into {target.parent}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def read_idx(path):
+    """An IDX file (MNIST's format): 2 zero bytes, type 8 = uint8, number of axes, one big-endian int32 per axis, data."""
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read ({error}): delete it and fetch it again") from None
+    axes = data[3] if data[:3] == b"\0\0\x08" else 0
+    shape = np.frombuffer(data, ">i4", count=axes, offset=4) if len(data) >= 4 + 4 * axes else np.zeros(0, int)
+    if axes == 0 or len(data) != 4 + 4 * axes + math.prod(shape.tolist()):
+        raise InputError(f"{path} is not a complete IDX file: delete it and fetch it again")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def load_idx(name, split, data_dir):
+    """MNIST or Fashion-MNIST: images uint8 (M, 32, 32, 3) from 28 x 28 grey ones with a black rim, labels int64 (M,)."""
+    part = {"train": "train", "test": "t10k"}[split]
+    images = read_idx(find_file(name, f"{part}-images-idx3-ubyte.gz", data_dir))
+    labels = read_idx(find_file(name, f"{part}-labels-idx1-ubyte.gz", data_dir))
+    if images.ndim != 3 or len(images) != len(labels):
+        raise InputError(f"{name}: the image and label files do not belong together; fetch both again")
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    return np.repeat(images[..., None], 3, axis=-1), labels.astype(np.int64)
+
+
+def load_cifar10(split, data_dir):
+    """CIFAR-10's binary version: records of 1 label byte and 3 x 32 x 32 pixel bytes. (The python version is a pickle.)"""
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    folders = [Path(data_dir) / sub for sub in ("", "cifar-10-batches-bin")] if data_dir else []
+    unpacked = next((f for f in folders if all((f / name).is_file() for name in names)), None)
+    if unpacked:
+        raw = b"".join((unpacked / name).read_bytes() for name in names)
+    else:
+        archive = find_file("cifar10", "cifar-10-binary.tar.gz", data_dir)
+        try:
+            with tarfile.open(archive) as tar:
+                raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names)
+        except (tarfile.TarError, OSError, EOFError, KeyError, zlib.error) as error:
+            raise InputError(f"{archive} is not CIFAR-10's binary archive ({error}): fetch it again") from None
+    if not raw or len(raw) % 3073:
+        raise InputError("the CIFAR-10 files are incomplete: fetch cifar-10-binary.tar.gz again")
+    records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), records[:, 0].astype(np.int64)
+
+
+CLASS_NAMES = {
+    "shapes": list(KINDS),
+    "fashion_mnist": ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"],
+    "mnist": [str(digit) for digit in range(10)],
+    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+}
+
+
+def load_array(name, split="train", n=None, data_dir=None, size=32):
+    """A data set that fits in memory: images uint8 (M, H, W, 3), labels int64 (M,), captions (list of M, or None).
+
+    name: shapes, fashion_mnist, mnist or cifar10. n: only the first n images. size: side in pixels, for shapes.
+    """
+    if name not in ARRAY_NAMES:
+        raise InputError(f"unknown data set {name!r}: use one of {', '.join(ARRAY_NAMES)}, or the path of a folder")
+    if split not in ("train", "test"):
+        raise InputError(f"unknown split {split!r}: use train or test")
+    if name == "shapes":
+        count = SHAPES_COUNT[split] if n is None else min(n, SHAPES_COUNT[split])
+        images, items = draw_shapes(split, 0, count, size)
+        labels = np.array([list(KINDS).index(item["kind"]) for item in items], np.int64)
+        return images, labels, [item["caption"] for item in items]
+    if size != 32:
+        raise InputError(f"{name} has pictures of 32x32 pixels: leave --image-size at 32")
+    images, labels = load_cifar10(split, data_dir) if name == "cifar10" else load_idx(name, split, data_dir)
+    return images[:n], labels[:n], None
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Image files
+
+def read_image(path):
+    """Any file that Pillow reads, as an RGB picture the right way up; transparent parts become white."""
+    image = Image.open(path)
+    image = ImageOps.exif_transpose(image)                       # cameras store the rotation instead of rotating
+    if image.mode.startswith("I"):                               # 16-bit grey: convert("RGB") would clip, not scale
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def shrink(image, target):
+    """Make the shorter side `target` pixels: halve with a box filter while possible, then bicubic (as ADM does)."""
+    while min(image.size) >= 2 * target:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = target / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def center_crop(image, size):
+    """The middle square of a picture at size x size pixels, uint8 (size, size, 3)."""
+    pixels = np.asarray(shrink(image, size))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top:top + size, left:left + size]
+
+
+def random_crop(image, size, rng, min_share=0.8):
+    """A random square that covers between `min_share` and all of the shorter side, uint8 (size, size, 3)."""
+    target = int(rng.integers(size, math.ceil(size / min_share) + 1))
+    pixels = np.asarray(shrink(image, target))
+    top = rng.integers(pixels.shape[0] - size + 1)
+    left = rng.integers(pixels.shape[1] - size + 1)
+    return pixels[top:top + size, left:left + size]
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Data sets for training
+
+def batch_indices(count, batch_size, seed, start=0):
+    """Endless batches of indices, (B,): a new order every epoch, the same for the same (seed, step), so that a resumed
+    run sees what an uninterrupted one would have seen. `start`: the first step."""
+    per_epoch = max(count // batch_size, 1)
+    epoch, first = divmod(start, per_epoch)
+    while True:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + 1000003 * epoch))
+        for i in range(first, per_epoch):
+            yield order[i * batch_size:(i + 1) * batch_size]
+        epoch, first = epoch + 1, 0
+
+
+class ArrayData:
+    """A data set held in memory. Indexing is one tensor operation per batch, on the device that holds the pixels."""
+
+    def __init__(self, name, split, size=32, n=None, data_dir=None):
+        images, labels, self.captions = load_array(name, split, n, data_dir, size)
+        self.class_names, self.size = CLASS_NAMES[name], size
+        self.images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)     # (M, 3, H, W) uint8
+        self.labels = torch.from_numpy(labels)                                               # (M,)
+        self.crops = 1                                           # one version of each picture: these have no margin to cut
+
+    def __len__(self):
+        return len(self.labels)
+
+    def fingerprint(self):
+        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+
+    def batches(self, batch_size, seed, start=0, device="cpu"):
+        """Endless training batches (B, 3, H, W) in [-1, 1]."""
+        images = self.images.to(device)
+        for index in batch_indices(len(self), batch_size, seed, start):
+            yield to_float(images[index.to(device)])
+
+    def passes(self, batch_size):
+        """One pass in order: uint8 (B, K=1, 3, H, W) and labels (B,)."""
+        for i in range(0, len(self), batch_size):
+            yield self.images[i:i + batch_size, None], self.labels[i:i + batch_size]
+
+
+def to_float(images):
+    """uint8 0 .. 255 -> float32 -1 .. 1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float -1 .. 1 (B, 3, H, W) -> uint8 (B, H, W, 3): 127.5 x + 128, clamped and truncated, as the released samplers do."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+class FolderData(torch.utils.data.Dataset):
+    """Pictures in one sub-folder per class (a folder without sub-folders is one class), read when they are needed.
+
+    root/train and root/val (or root/test) are the splits where they exist; else every 20th picture is held out.
+    A file that cannot be read is skipped, and `report_broken` names all of them in one warning.
+    """
+
+    def __init__(self, root, split, size=32, n=None, flip=True):
+        self.size, self.flip, self.crops = size, flip, 2 if flip else 1      # crops: the centre, and its mirror image
+        self.captions, self.broken = None, set()
+        root = Path(root)
+        base = root / "train" if (root / "train").is_dir() else root
+        held_out = next((root / name for name in ("val", "test") if base != root and (root / name).is_dir()), None)
+        folders = [f for f in sorted(base.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+        self.class_names = [f.name for f in folders] or [base.resolve().name]
+        source = held_out if held_out and split == "test" else base
+        Image.init()
+        suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+        files = []                                               # (path, class id)
+        for label, name in enumerate(self.class_names):
+            folder = source / name if folders else source
+            files += [(path, label) for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes]
+        if held_out is None and len(files) > 1:
+            files = [file for i, file in enumerate(files) if (i % 20 == 0) == (split == "test")]
+        self.files = files[:n]
+        if not self.files:
+            raise InputError(f"{source} holds no pictures: put them into one sub-folder per class, as in "
+                             f"{source / 'cat' / 'photo.jpg'}")
+        if all(self.read(i, center_crop) is None for i in range(len(self.files))):      # stops at the first good one
+            raise InputError(f"none of the {len(self.files)} pictures in {source} can be read, the first being "
+                             f"{self.files[0][0].name}: are they complete, and of a format that Pillow knows?")
+
+    def __len__(self):
+        return len(self.files)
+
+    def fingerprint(self):
+        """A hash of every file's path, length and time of change: reading all pixels would take hours for ImageNet."""
+        stats = ((str(path), path.stat().st_size, path.stat().st_mtime_ns, label) for path, label in self.files)
+        return hashlib.sha256(repr((self.size, self.crops, list(stats))).encode()).hexdigest()
+
+    def read(self, i, crop, *more):
+        """One picture as uint8 (size, size, 3), or None if it cannot be read."""
+        try:
+            return crop(read_image(self.files[i][0]), self.size, *more)
+        except Exception:      # Pillow's readers raise almost anything on a damaged file; no file may stop a run
+            return None
+
+    def __getitem__(self, key):
+        """(i, seed) -> (i, a random crop (3, H, W)) for training; i -> (i, all crops (K, 3, H, W)). None if unreadable."""
+        if isinstance(key, tuple):
+            i, rng = key[0], np.random.default_rng(key)
+            pixels = self.read(i, random_crop, rng)
+            pixels = pixels if pixels is None or not self.flip or rng.random() < 0.5 else pixels[:, ::-1]
+        else:
+            i, pixels = key, self.read(key, center_crop)
+            pixels = pixels if pixels is None else np.stack([pixels, pixels[:, ::-1]][:self.crops])
+        return i, None if pixels is None else torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
+
+    def loader(self, batch_sampler):
+        workers = min(8, os.cpu_count() or 1)
+        return torch.utils.data.DataLoader(self, batch_sampler=batch_sampler, num_workers=workers, collate_fn=list,
+                                           pin_memory=torch.cuda.is_available())
+
+    def readable(self, samples):
+        """The readable ones of a batch of (i, pixels); the others are remembered for report_broken."""
+        self.broken.update(i for i, pixels in samples if pixels is None)
+        return [(i, pixels) for i, pixels in samples if pixels is not None]
+
+    def report_broken(self):
+        if self.broken:
+            names = sorted(str(self.files[i][0]) for i in self.broken)
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            print(f"warning: skipped {len(names)} of {len(self)} pictures that cannot be read: "
+                  f"{', '.join(names[:5])}{more}", file=sys.stderr)
+
+    def batches(self, batch_size, seed, start=0, device="cpu"):
+        """Endless training batches (B, 3, H, W) in [-1, 1], cropped at random the same way for the same (seed, step)."""
+        keys = ([(i, seed + step) for i in index.tolist()] for step, index in
+                enumerate(batch_indices(len(self), batch_size, seed, start), start))
+        for samples in self.loader(keys):
+            images = [pixels for _, pixels in self.readable(samples)]
+            if images:
+                # Unreadable pictures are replaced by others of the batch, so that its size, and with it the compiled
+                # step, stays the same.
+                images = torch.stack([images[i % len(images)] for i in range(len(samples))])
+                yield to_float(images.to(device, non_blocking=True))
+
+    def passes(self, batch_size):
+        """One pass in order: uint8 (B, K, 3, H, W) and labels (B,), without the unreadable pictures."""
+        order = [list(range(i, min(i + batch_size, len(self)))) for i in range(0, len(self), batch_size)]
+        for samples in self.loader(order):
+            samples = self.readable(samples)
+            if samples:
+                labels = torch.tensor([self.files[i][1] for i, _ in samples])
+                yield torch.stack([pixels for _, pixels in samples]), labels
+        self.report_broken()
+
+
+def load_data(name, split, size=32, n=None, data_dir=None, flip=True):
+    """The data set that --data names: one of ARRAY_NAMES, or a folder of pictures."""
+    if name in ARRAY_NAMES:
+        return ArrayData(name, split, size, n, data_dir)
+    if not Path(name).is_dir():
+        raise InputError(f"--data {name}: neither a folder nor one of {', '.join(ARRAY_NAMES)}")
+    return FolderData(name, split, size, n, flip)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The code cache: every picture as tokens, computed once
+
+@torch.inference_mode()
+def load_codes(vq, vq_hash, data, folder, device, batch_size=256):
+    """The tokens of a whole data set: codes uint16 (M, K, N), memory-mapped from disk, and labels int64 (M,).
+
+    The file's name is a hash of the tokenizer's weights (vq_hash), the data and the crops, so a change of any of them
+    leads to another file and a stale one is never read. It is written under a temporary name and renamed when whole.
+    """
+    if vq.config.codebook_size > 65536:
+        raise InputError(f"a codebook of {vq.config.codebook_size:,} entries: tokens are stored in 16 bits, "
+                         "so it may have at most 65,536")
+    key = hashlib.sha256(f"{vq_hash} {data.fingerprint()}".encode()).hexdigest()[:16]
+    codes_path, labels_path = (Path(folder) / f"{key}.{part}.npy" for part in ("codes", "labels"))
+    if not codes_path.exists():
+        codes_path.parent.mkdir(parents=True, exist_ok=True)
+        partial = codes_path.with_name(f"{key}.{os.getpid()}.partial")
+        shape, rows, labels = (len(data), data.crops, (data.size // vq.config.downsample) ** 2), 0, []
+        try:
+            codes = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint16, shape=shape)
+            with tqdm(total=len(data), desc="tokenizing", unit=" images") as bar:
+                for images, batch_labels in data.passes(max(batch_size // data.crops, 1)):
+                    tokens = vq.tokenize(to_float(images.to(device).flatten(0, 1)))      # (B K, N)
+                    codes[rows:rows + len(images)] = tokens.unflatten(0, images.shape[:2]).cpu().numpy()
+                    labels.append(batch_labels)
+                    rows += len(images)
+                    bar.update(len(images))
+            np.save(labels_path, torch.cat(labels).numpy())      # fewer than rows of codes if pictures were unreadable
+            partial.rename(codes_path)
+        finally:
+            partial.unlink(missing_ok=True)
+    labels = np.load(labels_path)
+    return np.load(codes_path, mmap_mode="r")[:len(labels)], labels
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Pictures for people
+
+def image_grid(images, columns, row_names=(), scale=4, gap=2):
+    """A labelled PNG-ready picture of uint8 images (M, H, W, 3), row by row; row_names are written on the left."""
+    M, H, W, _ = images.shape
+    scale = max(1, min(scale, 512 // H))
+    rows = math.ceil(M / columns)
+    font = ImageFont.load_default(size=max(12, min(22, H * scale // 5)))
+    margin = max((int(font.getlength(name)) for name in row_names), default=0) + (16 if row_names else 0)
+    cell_h, cell_w = H * scale + gap, W * scale + gap
+    sheet = Image.new("RGB", (margin + columns * cell_w + gap, rows * cell_h + gap), "white")
+    for i, pixels in enumerate(images):
+        tile = Image.fromarray(pixels).resize((W * scale, H * scale), Image.Resampling.NEAREST)
+        sheet.paste(tile, (margin + gap + i % columns * cell_w, gap + i // columns * cell_h))
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(row_names):
+        draw.text((8, gap + row * cell_h + H * scale // 2), name, fill="black", font=font, anchor="lm")
+    return sheet
+
+
+if __name__ == "__main__":
+    images, items = draw_shapes("train", 0, 40)
+    Path("out").mkdir(exist_ok=True)
+    image_grid(images, columns=8).save("out/shapes.png")
+    print(f"shapes   {images.shape} {images.dtype}; 40 of {SHAPES_COUNT['train']:,} training pictures -> out/shapes.png")
+    for item in items[:4]:
+        print(f"         {item['caption']}")

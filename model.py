@@ -1,0 +1,365 @@
+"""The generator: a Llama-style transformer that predicts the tokens of an image one after another.
+
+    [condition | token 0 | token 1 | ... | token N-2]  ->  logits of tokens 0, 1, ..., N-1
+
+Shapes: B images, T tokens given so far, N = block_size tokens of a whole image, V vocabulary, L condition tokens,
+        S = L + T sequence, D model width, H heads, G key-value heads, d = D / H head width, F feed-forward width,
+        E caption feature width.
+Paper:  LlamaGen (arXiv 2406.06525) section 2.2. RMSNorm (Zhang 2019), SwiGLU (Shazeer 2020), RoPE (Su 2021).
+Run:    python model.py              # the shapes of one forward pass
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from tokenizer import InputError, fill_weights, read_checkpoint
+
+
+@dataclass
+class GPTConfig:
+    dim: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int | None = None         # fewer than n_head: grouped-query attention; None: as many
+    vocab_size: int = 16384              # = the tokenizer's codebook size
+    block_size: int = 256                # N, tokens of an image; a square
+    num_classes: int = 1000
+    model_type: str = "c2i"              # c2i: class to image; t2i: text features to image
+    cls_token_num: int = 1               # L: 1 for a class, 120 in the released text models
+    caption_dim: int = 2048              # E, t2i only: the width of FLAN-T5 XL's features
+    token_dropout: float = 0.1
+    resid_dropout: float = 0.1
+    ffn_dropout: float = 0.1
+    class_dropout: float = 0.1           # share of conditions replaced by the null condition, for guidance
+    drop_path: float = 0.0               # stochastic depth: the last layer is skipped this often, the first never
+
+    def __post_init__(self):
+        if math.isqrt(self.block_size) ** 2 != self.block_size:
+            raise InputError(f"block_size {self.block_size} is not a square: an image is a square grid of tokens")
+        if self.dim % self.n_head or self.dim // self.n_head % 4:
+            raise InputError(f"dim {self.dim} over {self.n_head} heads: the head width has to be a multiple of 4, "
+                             "one half for rows and one for columns, each in pairs")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise InputError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+
+
+GPT_SIZES = {                                                    # GPT(GPTConfig(**GPT_SIZES["GPT-B"]))
+    "tiny":     dict(n_layer=6,  n_head=4,  dim=256),            # a laptop, minutes
+    "GPT-B":    dict(n_layer=12, n_head=12, dim=768),            # 111M
+    "GPT-L":    dict(n_layer=24, n_head=16, dim=1024),           # 343M
+    "GPT-XL":   dict(n_layer=36, n_head=20, dim=1280),           # 775M
+    "GPT-XXL":  dict(n_layer=48, n_head=24, dim=1536),           # 1.4B
+    "GPT-XXXL": dict(n_layer=48, n_head=40, dim=2560),           # 3.9B
+    "GPT-1B":   dict(n_layer=22, n_head=32, dim=2048),           # 1.2B
+    "GPT-3B":   dict(n_layer=24, n_head=32, dim=3200),           # 3.1B
+    "GPT-7B":   dict(n_layer=32, n_head=32, dim=4096),           # 6.6B
+}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# 2D rotary position embedding
+
+def rope_table(config, device=None, base=10000.0):
+    """Cosine and sine of every position's angles, (L + N, d/2, 2) float32.
+
+    RoPE turns each pair of channels by an angle proportional to the position, so that q.k depends on the distance
+    between the two. In 2D the first half of a head's pairs turns with the row, the second half with the column:
+        angle(row, pair i) = row * base^(-4 i / d),  i = 0 .. d/4 - 1,  and the same for the column.
+    The condition's L rows are zeros, not the identity: their q and k vanish, so that every image token scores every
+    condition token exactly 0. The released weights were trained like this.
+    """
+    d = config.dim // config.n_head
+    side = math.isqrt(config.block_size)
+    frequencies = base ** (-4 * torch.arange(d // 4, dtype=torch.float32, device=device) / d)        # (d/4,)
+    angles = torch.arange(side, dtype=torch.float32, device=device)[:, None] * frequencies           # (side, d/4)
+    rows = angles[:, None].expand(side, side, -1)
+    columns = angles[None, :].expand(side, side, -1)
+    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)                                        # (N, d/2)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)                                        # (N, d/2, 2)
+    return torch.cat([table.new_zeros(config.cls_token_num, *table.shape[1:]), table])
+
+
+def apply_rope(x, table):
+    """Turn the channel pairs (2i, 2i+1) of x (B, S, H, d) by the angles of table (S, d/2, 2), in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)           # a    (B, S, H, d/2)
+    cos, sin = table[:, None].unbind(-1)                         # cos  (S, 1, d/2)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Building blocks. Attribute names are those of the released weights.
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * g: LayerNorm without the mean and the bias, computed in float32."""
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention; with n_kv_head < n_head, groups of query heads share one key and value head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.head_dim = config.dim // config.n_head
+        self.wqkv = nn.Linear(config.dim, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.resid_dropout = nn.Dropout(config.resid_dropout)
+
+    def forward(self, x, rope, mask=None, cache=None, position=None):    # x  (B, S, D)
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))          #    (B, S, H + 2 G, d)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)    # q (B, H, S, d)   k, v (B, G, S, d)
+        if cache is not None:
+            # Write this step's keys and values into their rows of the cache and attend to all rows; the mask
+            # hides those that are not filled yet. index_copy_ keeps every shape fixed: nothing to recompile.
+            k, v = (store.index_copy_(2, position, new.to(store.dtype)) for store, new in zip(cache, (k, v)))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           enable_gqa=self.n_kv_head != self.n_head)
+        return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x). Three matrices instead of two, so F = 2/3 of the usual 4 D, rounded up to 256s."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = -(-int(8 * config.dim / 3) // 256) * 256
+        self.w1 = nn.Linear(config.dim, hidden, bias=False)
+        self.w3 = nn.Linear(config.dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, config.dim, bias=False)
+        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, x):
+        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). No AdaLN: the same block as in a language model."""
+
+    def __init__(self, config, drop_path):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim)
+        self.ffn_norm = RMSNorm(config.dim)
+        self.drop_path = drop_path
+
+    def skip_path(self, x):
+        """Stochastic depth: in training, drop a branch for whole samples, and scale up what stays (Huang 2016)."""
+        if self.drop_path == 0 or not self.training:
+            return x
+        keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
+        return x * keep / (1 - self.drop_path)
+
+    def forward(self, x, rope, mask=None, cache=None, position=None):
+        x = x + self.skip_path(self.attention(self.attention_norm(x), rope, mask, cache, position))
+        return x + self.skip_path(self.feed_forward(self.ffn_norm(x)))
+
+
+class LabelEmbedder(nn.Module):
+    """Class ids to one condition token each. The last row of the table is the null class, for guidance."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_classes, self.dropout = config.num_classes, config.class_dropout
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
+
+    def forward(self, cond):                                     # cond (B,)
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(cond.shape[0], device=cond.device) < self.dropout
+            cond = torch.where(dropped, self.num_classes, cond)
+        return self.embedding_table(cond)[:, None]               #      (B, 1, D)
+
+    def null(self, cond):
+        return torch.full_like(cond, self.num_classes)
+
+
+class CaptionMLP(nn.Module):
+    """Text features to model width: linear, tanh-GELU, linear."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
+        self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """Text features (B, L, E) to L condition tokens. The null caption is random and never trained, as released."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.class_dropout
+        self.cap_proj = CaptionMLP(config)
+        null = torch.randn(config.cls_token_num, config.caption_dim) / config.caption_dim ** 0.5
+        self.register_buffer("uncond_embedding", null)           # a buffer, so no optimizer ever sees it
+
+    def forward(self, cond):                                     # cond (B, L, E)
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(cond.shape[0], 1, 1, device=cond.device) < self.dropout
+            cond = torch.where(dropped, self.uncond_embedding.to(cond.dtype), cond)
+        return self.cap_proj(cond)                               #      (B, L, D)
+
+    def null(self, cond):
+        return self.uncond_embedding.to(cond.dtype).expand_as(cond)
+
+
+# --------------------------------------------------------------------------------------------------------------
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.cls_embedding = LabelEmbedder(config) if config.model_type == "c2i" else CaptionEmbedder(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_dropout = nn.Dropout(config.token_dropout)
+        depth = max(config.n_layer - 1, 1)
+        self.layers = nn.ModuleList(Block(config, config.drop_path * i / depth) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.dim)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.rope = rope_table(config)
+
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.output.weight)                       # the first loss is exactly ln V: all tokens alike
+
+    def _apply(self, fn, recurse=True):
+        # Called by .to(), .cuda(), .bfloat16(). The RoPE table follows the weights to their device but stays float32
+        # and out of the state dict, which a buffer would not; rebuilding it takes microseconds.
+        super()._apply(fn, recurse)
+        self.rope = rope_table(self.config, device=self.norm.weight.device)
+        return self
+
+    def attention_mask(self, cond_mask):
+        """Who may look at whom, bool: causal, and padded condition tokens are seen by nobody but themselves.
+
+        cond_mask (B, L), nonzero = valid, or None. Returns (B, 1, L + N, L + N), or (L + N, L + N) without a mask.
+        """
+        total = self.rope.shape[0]
+        causal = torch.ones(total, total, dtype=torch.bool, device=self.rope.device).tril()
+        if cond_mask is None:
+            return causal
+        valid = F.pad(cond_mask != 0, (0, total - cond_mask.shape[1]), value=True)       # (B, L + N)
+        # A padded row without any key would give NaN: let it see itself. No other row ever reads it.
+        itself = torch.eye(total, dtype=torch.bool, device=causal.device)
+        return ((causal & valid[:, None]) | itself)[:, None]
+
+    def forward(self, tokens, cond, targets=None, cond_mask=None):
+        """Logits for the token at every position given those before it, and the loss.
+
+        tokens     (B, T), 0 <= T <= N - 1
+        cond       (B,) class ids, num_classes is the null class; or (B, L, E) text features
+        targets    (B, T + 1), or None for no loss
+        cond_mask  (B, L), nonzero = valid, padding on the left; None = all valid
+        Returns logits (B, T + 1, V), position t predicting token t, and the mean loss in nats per token, or None.
+        """
+        L, T = self.config.cls_token_num, tokens.shape[1]
+        if T >= self.config.block_size:
+            raise InputError(f"{T} tokens given, but an image has {self.config.block_size}: pass at most all but the last")
+        x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (B, S, D)
+        mask = None if cond_mask is None else self.attention_mask(cond_mask)[..., :L + T, :L + T]
+        x = self.tok_dropout(x)
+        for layer in self.layers:
+            x = layer(x, self.rope[:L + T], mask)
+        # The last condition token predicts token 0; the condition tokens before it predict nothing.
+        logits = self.output(self.norm(x[:, L - 1:])).float()                            #   (B, T + 1, V)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+    # Decoding with a cache: `start` once, then `step` for every further token. sample.py drives them.
+
+    def new_cache(self, rows):
+        """Keys and values of every layer for `rows` sequences, zeros: a list of (k, v), each (rows, G, L + N, d)."""
+        shape = (rows, self.layers[0].attention.n_kv_head, self.rope.shape[0], self.layers[0].attention.head_dim)
+        new = lambda: torch.zeros(shape, dtype=self.output.weight.dtype, device=self.output.weight.device)
+        return [(new(), new()) for _ in self.layers]
+
+    def start(self, tokens, cond, mask, cache):
+        """Run the condition and the given tokens (B, T) at once and fill the cache; logits (B, V) of token T."""
+        x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (B, S, D)
+        return self.advance(x, torch.arange(x.shape[1], device=x.device), mask, cache)
+
+    def step(self, token, position, mask, cache):
+        """Run one token (B,) at sequence position L + its index, a tensor (1,); logits (B, V) of the next token."""
+        return self.advance(self.tok_embeddings(token)[:, None], position, mask, cache)
+
+    def advance(self, x, position, mask, cache):
+        rope, mask = self.rope[position], mask.index_select(-2, position)
+        for layer, store in zip(self.layers, cache):
+            x = layer(x, rope, mask, store, position)
+        return self.output(self.norm(x[:, -1])).float()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def infer_gpt_config(weights, image_size, path):
+    """The configuration of a released GPT from the shapes of its tensors; n_head, which no shape shows, from GPT_SIZES."""
+    vocab_size, dim = weights["tok_embeddings.weight"].shape
+    n_layer = sum(name.endswith(".attention.wqkv.weight") for name in weights)
+    n_head = {(s["n_layer"], s["dim"]): s["n_head"] for s in GPT_SIZES.values()}.get((n_layer, dim))
+    if n_head is None:
+        raise InputError(f"{path} fits no known size: found {n_layer} layers of width {dim}; "
+                         f"known are {', '.join(GPT_SIZES)}")
+    config = dict(dim=dim, n_layer=n_layer, n_head=n_head, vocab_size=vocab_size, block_size=(image_size // 16) ** 2)
+    kv_rows = weights["layers.0.attention.wqkv.weight"].shape[0] - dim
+    config["n_kv_head"] = kv_rows // (2 * dim // n_head)
+    if "cls_embedding.uncond_embedding" in weights:
+        L, E = weights["cls_embedding.uncond_embedding"].shape
+        return GPTConfig(**config, model_type="t2i", cls_token_num=L, caption_dim=E)
+    return GPTConfig(**config, num_classes=weights["cls_embedding.embedding_table.weight"].shape[0] - 1)
+
+
+def gpt_from_checkpoint(checkpoint, path, image_size=None, device="cpu", dtype=torch.float32):
+    """The GPT in an already read checkpoint; see load_gpt."""
+    weights = {name: w for name, w in checkpoint["model"].items() if name != "freqs_cis"}    # a table in old files
+    if "tok_embeddings.weight" not in weights:
+        raise InputError(f"{path} is not a GPT checkpoint: it has no token embedding (tok_embeddings.weight)")
+    if "config" not in checkpoint:
+        config = infer_gpt_config(weights, image_size or 256, path)
+    else:
+        config = GPTConfig(**checkpoint["config"])
+        if image_size and (image_size // 16) ** 2 != config.block_size:
+            raise InputError(f"{path} makes {config.block_size} tokens per image: leave the image size out")
+    with torch.device("meta"):                                   # shapes only: no time or memory for a random start
+        gpt = GPT(config)
+    return fill_weights(gpt, weights, path, assign=True).to(device=device, dtype=dtype).eval()
+
+
+def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32):
+    """A GPT in eval mode from this project's checkpoint or from a released file (c2i_L_384.pt, t2i_XL_stage1_256.pt, ...).
+
+    image_size: pixels; for released files, whose grid is image_size // 16 on a side (None: 256). This project's own
+    checkpoints know their grid.
+    """
+    return gpt_from_checkpoint(read_checkpoint(path), path, image_size, device, dtype)
+
+
+if __name__ == "__main__":
+    config = GPTConfig(**GPT_SIZES["tiny"], vocab_size=512, block_size=64, num_classes=10)
+    gpt = GPT(config)
+    tokens, cond = torch.randint(512, (4, 64)), torch.tensor([0, 1, 2, 10])
+    logits, loss = gpt(tokens[:, :-1], cond, targets=tokens)
+    print(f"GPT tiny   {sum(p.numel() for p in gpt.parameters()):,} parameters")
+    print(f"tokens     {tuple(tokens.shape)}, of which {tokens.shape[1] - 1} are input")
+    print(f"condition  {tuple(gpt.cls_embedding(cond).shape)}, classes {cond.tolist()}; 10 is the null class")
+    print(f"RoPE       {tuple(gpt.rope.shape)}, the first {config.cls_token_num} row(s) zero")
+    print(f"logits     {tuple(logits.shape)}")
+    print(f"loss       {loss:.4f} nats per token; ln 512 = {math.log(512):.4f}, all tokens are alike at the start")

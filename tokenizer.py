@@ -1,0 +1,387 @@
+"""The image tokenizer (VQ-VAE / VQGAN): a picture becomes a grid of integers and comes back as a picture.
+
+    image --encoder--> z --nearest codebook entry--> tokens --look-up--> zq --decoder--> image
+
+Shapes: B images, H x W pixels, h x w latent grid, N = h * w tokens, V codebook entries, C code channels,
+        Z latent channels, D feature channels.
+Paper:  LlamaGen (arXiv 2406.06525) section 2.1; VQ-VAE eq. 3 (van den Oord 2017); VQGAN (Esser 2021);
+        l2-normalised, low-dimensional codes: ViT-VQGAN (Yu 2022).
+Run:    python tokenizer.py          # the shapes of one pass through VQ-tiny
+"""
+import argparse
+import hashlib
+import math
+import pickle
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class InputError(ValueError):
+    """The user gave something unusable. The message says what and what to do; commands print it as one line."""
+
+
+@dataclass
+class VQConfig:
+    """The defaults are VQ-16, the paper's tokenizer: 16 x 16 pixels become one token."""
+    codebook_size: int = 16384
+    codebook_embed_dim: int = 8          # low on purpose: fewer dimensions, more of the codebook in use
+    ch: int = 128                        # channels at full resolution; a multiple of norm_groups
+    ch_mult: tuple = (1, 1, 2, 2, 4)     # channels per level in units of ch; each level after the first halves H and W
+    z_channels: int = 256
+    num_res_blocks: int = 2              # per level in the encoder; the decoder has one more
+    norm_groups: int = 32                # of GroupNorm; see `group_norm`
+    commitment_weight: float = 0.25      # beta in VQ-VAE eq. 3
+    entropy_weight: float = 0.0
+
+    @property
+    def downsample(self):
+        """Pixels per token along one side: 16 for VQ-16."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+VQ_SIZES = {                                                     # VQModel(VQConfig(**VQ_SIZES["VQ-16"]))
+    "VQ-tiny": dict(codebook_size=512, ch=32, ch_mult=(1, 1, 2), z_channels=64, num_res_blocks=1, norm_groups=8),
+    "VQ-8":  dict(ch_mult=(1, 2, 2, 4)),                         # 70M
+    "VQ-16": dict(ch_mult=(1, 1, 2, 2, 4)),                      # 72M
+}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Building blocks of the encoder and the decoder. Attribute names are those of the released weights.
+
+def group_norm(config, channels):
+    """The released tokenizers have 32 groups of at least 4 channels. VQ-tiny keeps the 4 and has fewer groups: with one
+    channel per group a norm would erase the mean colour of a picture."""
+    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """x + f(x), f = (norm, swish, 3x3 conv) twice; a 1x1 conv on the skip path where the channels change."""
+
+    def __init__(self, config, c_in, c_out):
+        super().__init__()
+        self.norm1 = group_norm(config, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(config, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        nn.init.zeros_(self.conv2.weight)                        # start as the identity: colours pass from the first
+
+    def forward(self, x):                                        # x    (B, D, h, w)
+        y = self.conv1(F.silu(self.norm1(x)))                    # swish(x) = x sigmoid(x) = silu(x)
+        y = self.conv2(F.silu(self.norm2(y)))
+        skip = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return skip + y
+
+
+class AttnBlock(nn.Module):
+    """x + single-head attention in which every position of the grid sees every other one."""
+
+    def __init__(self, config, channels):
+        super().__init__()
+        self.norm = group_norm(config, channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def forward(self, x):                                        # x    (B, D, h, w)
+        y = self.norm(x)
+        rows = lambda t: t.flatten(2).transpose(1, 2)            # (B, D, h, w) -> (B, N, D), what SDPA expects
+        y = F.scaled_dot_product_attention(rows(self.q(y)), rows(self.k(y)), rows(self.v(y)))
+        return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the grid. Zeros are added to the right and the bottom only, as in the released weights."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the grid: repeat each pixel, then smooth with a learned 3x3 convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """All blocks at one resolution: residual blocks, each followed by attention if asked for, then a resize."""
+
+    def __init__(self, config, c_in, c_out, attention, resize, n_blocks):
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(config, c_in if i == 0 else c_out, c_out) for i in range(n_blocks))
+        self.attn = nn.ModuleList(AttnBlock(config, c_out) for _ in range(n_blocks if attention else 0))
+        if resize is Downsample:
+            self.downsample = Downsample(c_out)
+        elif resize is Upsample:
+            self.upsample = Upsample(c_out)
+
+    def forward(self, x):
+        for i, res in enumerate(self.res):
+            x = res(x)
+            if len(self.attn) > 0:
+                x = self.attn[i](x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        if hasattr(self, "upsample"):
+            x = self.upsample(x)
+        return x
+
+
+def middle(config, channels):
+    """The bottleneck, the same in the encoder and the decoder."""
+    return nn.ModuleList([ResBlock(config, channels, channels), AttnBlock(config, channels),
+                          ResBlock(config, channels, channels)])
+
+
+class Encoder(nn.Module):
+    """Pixels to latents, from the highest resolution to the lowest."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(config, widths[i - 1] if i else config.ch, width, attention=(i == last),
+                  resize=None if i == last else Downsample, n_blocks=config.num_res_blocks)
+            for i, width in enumerate(widths))
+        self.mid = middle(config, widths[-1])
+        self.norm_out = group_norm(config, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x):                                        # x    (B, 3, H, W)
+        x = self.conv_in(x)
+        for level in self.conv_blocks:
+            x = level(x)                                         #      (B, D, h, w) after the last
+        for block in self.mid:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))           #      (B, Z, h, w)
+
+
+class Decoder(nn.Module):
+    """Latents to pixels: the encoder's mirror image, stored from the lowest resolution to the highest."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.ch * m for m in reversed(config.ch_mult)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = middle(config, widths[0])
+        self.conv_blocks = nn.ModuleList(
+            Level(config, widths[i - 1] if i else width, width, attention=(i == 0),
+                  resize=None if i == last else Upsample, n_blocks=config.num_res_blocks + 1)
+            for i, width in enumerate(widths))
+        self.norm_out = group_norm(config, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z):                                        # z    (B, Z, h, w)
+        x = self.conv_in(z)
+        for block in self.mid:
+            x = block(x)
+        for level in self.conv_blocks:
+            x = level(x)                                         # x    (B, D, H, W) after the last
+        return self.conv_out(F.silu(self.norm_out(x)))           #      (B, 3, H, W)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The quantizer
+
+class VectorQuantizer(nn.Module):
+    """Nearest-neighbour lookup in a table of V unit vectors."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
+        # Rows are stored as they come and normalised on use. All directions are equally likely at the start,
+        # so that no entry begins closer to the data than the others.
+        nn.init.normal_(self.embedding.weight)
+
+    def codes(self):
+        """The codebook as it is used: V unit vectors, (V, C)."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    def nearest(self, z, codes):                                 # z    (B, N, C) unit vectors
+        # On the unit sphere |z - e|^2 = 2 - 2 z.e, so argmin of the distance = argmax of one matmul.
+        return (z @ codes.T).argmax(dim=-1)                      #      (B, N)
+
+    def forward(self, z):                                        # z    (B, C, h, w)
+        shape = z.shape
+        codes = self.codes()                                     #      (V, C)
+        z = z.float().flatten(2).transpose(1, 2)                 #      (B, N, C)
+        z = F.normalize(z, dim=-1)
+        tokens = self.nearest(z.detach(), codes.detach())        #      (B, N)
+        zq = codes[tokens]                                       #      (B, N, C)
+
+        # VQ-VAE eq. 3: the codebook moves towards the encoder's output, the encoder commits to the codebook.
+        losses = {
+            "codebook": (zq - z.detach()).square().mean(),
+            "commitment": self.config.commitment_weight * (zq.detach() - z).square().mean(),
+            "entropy": self.entropy_loss(z, codes),
+        }
+        # Straight-through: forward gives zq, backward treats the lookup as the identity, d zq / d z = 1.
+        zq = z + (zq - z).detach()
+        return zq.transpose(1, 2).reshape(shape), tokens, losses
+
+    def entropy_loss(self, z, codes, temperature=0.01):
+        """E[H(p(code | z))] - H(E[p(code | z)]): each vector sure of its code, all codes equally popular.
+
+        p = softmax of the negative squared distances over the temperature (MaskGIT's tokenizer loss; Chang 2022).
+        """
+        if self.config.entropy_weight == 0:
+            return z.new_zeros(())
+        log_p = F.log_softmax(2 * (z @ codes.T).flatten(0, 1) / temperature, dim=-1)         # (B N, V)
+        p = log_p.exp()
+        sample_entropy = -(p * log_p).sum(dim=-1).mean()
+        mean_p = p.mean(dim=0)                                                               # (V,)
+        codebook_entropy = -(mean_p * (mean_p + 1e-8).log()).sum()
+        return self.config.entropy_weight * (sample_entropy - codebook_entropy)
+
+
+# --------------------------------------------------------------------------------------------------------------
+
+class VQModel(nn.Module):
+    """The whole tokenizer. Images are float in [-1, 1]; what the decoder returns is not clamped."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = VectorQuantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
+
+    def encode(self, images):
+        """images (B, 3, H, W) -> latents before quantization (B, C, h, w)."""
+        f = self.config.downsample
+        if images.shape[-2] % f or images.shape[-1] % f:
+            raise InputError(f"images are {images.shape[-1]}x{images.shape[-2]} pixels, but this tokenizer makes "
+                             f"one token of {f}x{f}: use a width and a height divisible by {f}")
+        return self.quant_conv(self.encoder(images))
+
+    def tokenize(self, images):
+        """images (B, 3, H, W) float in [-1, 1] -> tokens (B, N) int64, row by row from the top left."""
+        z = self.encode(images).float().flatten(2).transpose(1, 2)
+        return self.quantize.nearest(F.normalize(z, dim=-1), self.quantize.codes())
+
+    def detokenize(self, tokens, grid=None):
+        """tokens (B, N) -> images (B, 3, H, W); grid = (h, w), a square when left out."""
+        h, w = grid or (math.isqrt(tokens.shape[1]),) * 2
+        if h * w != tokens.shape[1]:
+            raise InputError(f"{tokens.shape[1]} tokens do not fill a {h}x{w} grid: pass grid=(h, w)")
+        zq = self.quantize.codes()[tokens]                       # zq   (B, N, C)
+        zq = zq.transpose(1, 2).unflatten(2, (h, w))             #      (B, C, h, w)
+        return self.decoder(self.post_quant_conv(zq.to(self.post_quant_conv.weight.dtype)))
+
+    def forward(self, images):
+        """images (B, 3, H, W) -> reconstructions (B, 3, H, W), tokens (B, N), losses (a dict of scalars)."""
+        zq, tokens, losses = self.quantize(self.encode(images))
+        return self.decoder(self.post_quant_conv(zq)), tokens, losses
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def read_checkpoint(path):
+    """Read a .pt file into a dict with at least "model" (a state dict). Never runs code hidden in the file.
+
+    Reads this project's checkpoints and the released files, whose weights are under "model" (beside an
+    `argparse.Namespace`), under "module" (DeepSpeed), under "state_dict", or bare (FSDP).
+    """
+    try:
+        # weights_only refuses every pickled class but tensors and plain containers. Namespace is a bag of flags.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            file = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: train it first, or pass the right path") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder: pass the .pt file in it") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} is not a checkpoint of weights only, and nothing of it was run: "
+                         "it holds pickled code, or is no PyTorch file at all") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{path} cannot be read as a PyTorch checkpoint ({reason})") from None
+    is_weights = lambda d: isinstance(d, dict) and d and all(isinstance(v, torch.Tensor) for v in d.values())
+    for key in ("model", "module", "state_dict"):
+        if isinstance(file, dict) and is_weights(file.get(key)):
+            return {**file, "model": file[key]}
+    if is_weights(file):
+        return {"model": file}
+    raise InputError(f"{path} holds no weights: expected a state dict, or one under model, module or state_dict")
+
+
+def fill_weights(model, weights, path, assign=False):
+    """Put `weights` into `model`, copied or taken over as they are (assign); every name and shape has to fit."""
+    try:
+        model.load_state_dict(weights, strict=True, assign=assign)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise InputError(f"{path} does not fit this model: {lines[0]}" +
+                         (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from None
+    return model
+
+
+def infer_vq_config(weights, path):
+    """The configuration of a released tokenizer, read off the shapes of its tensors."""
+    try:
+        ch = weights["encoder.conv_in.weight"].shape[0]
+        count = lambda name: sum(f"{name % i}" in weights for i in range(100))
+        n_levels = count("encoder.conv_blocks.%d.res.0.conv1.weight")
+        width = lambda i: weights[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0]
+        V, C = weights["quantize.embedding.weight"].shape
+        return VQConfig(codebook_size=V, codebook_embed_dim=C, ch=ch,
+                        ch_mult=tuple(width(i) // ch for i in range(n_levels)),
+                        z_channels=weights["quant_conv.weight"].shape[1],
+                        num_res_blocks=count("encoder.conv_blocks.0.res.%d.conv1.weight"))
+    except KeyError as error:
+        raise InputError(f"{path} is not a tokenizer checkpoint: it has no tensor named {error}") from None
+
+
+def load_tokenizer(path, device="cpu"):
+    """A VQModel in eval mode from this project's checkpoint or from a released file (vq_ds16_c2i.pt, ...)."""
+    checkpoint = read_checkpoint(path)
+    weights = {name: w for name, w in checkpoint["model"].items() if name != "quantize.codebook_used"}
+    if "quantize.embedding.weight" not in weights:
+        raise InputError(f"{path} is not a tokenizer checkpoint: it has no codebook (quantize.embedding.weight)")
+    config = VQConfig(**checkpoint["config"]) if "config" in checkpoint else infer_vq_config(weights, path)
+    with torch.device("meta"):                                   # shapes only: no time or memory for a random start
+        vq = VQModel(config)
+    return fill_weights(vq, weights, path, assign=True).to(device=device, dtype=torch.float32).eval()
+
+
+def weights_hash(model):
+    """A short name for exactly these weights: a GPT remembers which tokenizer its tokens came from."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    vq = VQModel(VQConfig(**VQ_SIZES["VQ-tiny"]))
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    reconstructions, tokens, losses = vq(images)
+    print(f"VQ-tiny           {sum(p.numel() for p in vq.parameters()):,} parameters")
+    print(f"images            {tuple(images.shape)}")
+    print(f"latents           {tuple(vq.encode(images).shape)}")
+    print(f"tokens            {tuple(tokens.shape)}, the first eight: {tokens[0, :8].tolist()}")
+    print(f"reconstructions   {tuple(reconstructions.shape)}")
+    print("losses            " + ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
