@@ -47,7 +47,7 @@ class GPTConfig:
 
 
 GPT_SIZES = {                                                    # GPT(GPTConfig(**GPT_SIZES["GPT-B"]))
-    "tiny":     dict(n_layer=6,  n_head=4,  dim=256),            # a laptop, minutes
+    "tiny":     dict(n_layer=4,  n_head=4,  dim=192),            # 2M; a laptop, minutes
     "GPT-B":    dict(n_layer=12, n_head=12, dim=768),            # 111M
     "GPT-L":    dict(n_layer=24, n_head=16, dim=1024),           # 343M
     "GPT-XL":   dict(n_layer=36, n_head=20, dim=1280),           # 775M

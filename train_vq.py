@@ -2,7 +2,7 @@
 
 Shapes: B images, H x W pixels, D feature channels, V codebook entries.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.1; LPIPS (Zhang 2018); PatchGAN (Isola 2017); VQGAN (Esser 2021).
-Run:    python train_vq.py                                         # shapes, 4 minutes on a laptop
+Run:    python train_vq.py                                         # shapes, 3 minutes on a laptop
         python train_vq.py --data fashion_mnist --minutes 8
 """
 import argparse
@@ -325,7 +325,7 @@ def restart_dead_codes(vq, counts, images):
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_flags(parser, out="out/vq.pt", minutes=4.0)
+    add_training_flags(parser, out="out/vq.pt", minutes=3.0)
     group = parser.add_argument_group("model")
     group.add_argument("--size", default="VQ-tiny", choices=VQ_SIZES, help="a row of VQ_SIZES in tokenizer.py")
     group.add_argument("--image-size", type=positive(int), default=32, help="side of the pictures in pixels")

@@ -1,0 +1,290 @@
+"""pytest -q tests/test_data.py"""
+import gzip
+import hashlib
+import io
+import sys
+import tarfile
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import (KINDS, ArrayData, FolderData, batch_indices, center_crop, draw_shapes, load_array, load_codes, load_data,
+                  random_crop, read_idx, read_image, shape_attributes)
+from tokenizer import InputError, VQConfig, VQModel
+
+
+# shapes
+
+def test_shapes_are_the_same_for_the_same_seed_and_index_however_they_are_asked_for():
+    images, items = draw_shapes("train", 0, 30)
+    again, more = draw_shapes("train", 20, 5)
+    assert np.array_equal(images[20:25], again) and items[20:25] == more
+    assert not np.array_equal(images, draw_shapes("train", 0, 30, seed=1)[0])
+
+
+def test_train_and_test_shapes_never_overlap_and_no_two_are_equal():
+    pictures = [hashlib.sha256(image.tobytes()).digest() for split, count in data.SHAPES_COUNT.items()
+                for image in draw_shapes(split, 0, count)[0]]
+    assert len(set(pictures)) == len(pictures) == 30_000
+
+
+def test_load_array_gives_what_the_contract_says():
+    images, labels, captions = load_array("shapes", "test", n=50)
+    assert images.shape == (50, 32, 32, 3) and images.dtype == np.uint8
+    assert labels.shape == (50,) and labels.dtype == np.int64
+    for i in range(50):
+        item = shape_attributes("test", i)
+        assert captions[i] == f"a {item['size']} {item['colour']} {item['kind']} on a {item['background']} background"
+        assert list(KINDS)[labels[i]] == item["kind"]
+
+
+def test_all_words_occur_and_shapes_stay_inside_at_any_size():
+    images, items = draw_shapes("train", 0, 400, size=64)
+    assert images.shape == (400, 64, 64, 3)
+    for key, count in (("kind", 10), ("colour", 8), ("background", 6), ("size", 2)):
+        assert len({item[key] for item in items}) == count
+    for image, item in zip(images, items):
+        rim = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]).astype(float)
+        ratio = rim / np.maximum(data.BACKGROUNDS[item["background"]], 1)
+        assert ratio.max() < 1.6, item                           # background times light: nothing of the shape is cut off
+
+
+def test_edges_are_antialiased_and_the_light_comes_from_one_side():
+    mask = data.shape_mask(shape_attributes("train", 3), 32)
+    assert ((mask > 0) & (mask < 255)).any() and (mask == 255).any()
+
+
+# files
+
+def write_idx(path, array, zipped=True):
+    content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if zipped else content)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data, "DEBIAN", tmp_path / "debian")
+    calls = []
+
+    def no_network(url, timeout):
+        calls.append(url)
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(data.urllib.request, "urlopen", no_network)
+    return calls
+
+
+@pytest.mark.parametrize("place", ["dir", "dir/fashion_mnist", "cache/fashion_mnist", "debian/fashion-mnist"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_idx_files_are_found_zipped_or_not_and_padded_to_32(tmp_path, offline, place, zipped):
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(256, size=(7, 28, 28))
+    suffix = ".gz" if zipped else ""
+    write_idx(folder / f"t10k-images-idx3-ubyte{suffix}", images, zipped)
+    write_idx(folder / f"t10k-labels-idx1-ubyte{suffix}", np.arange(7), zipped)
+    out, labels, captions = load_array("fashion_mnist", "test", n=5, data_dir=tmp_path / "dir")
+    assert out.shape == (5, 32, 32, 3) and labels.tolist() == [0, 1, 2, 3, 4] and captions is None
+    assert np.array_equal(out[:, 2:30, 2:30, 1], images[:5]) and out[:, :2].max() == 0
+    assert not offline
+
+
+def test_without_network_one_line_says_which_file_to_put_where(tmp_path, offline):
+    with pytest.raises(InputError) as error:
+        load_array("mnist", "train")
+    message = str(error.value)
+    assert "\n" not in message and "train-images-idx3-ubyte.gz" in message and str(tmp_path / "cache" / "mnist") in message
+    assert len(offline) == 1 and not list((tmp_path / "cache" / "mnist").iterdir())
+
+
+class Download(io.BytesIO):
+    headers = {}
+
+
+def test_a_download_is_checked_and_only_then_kept(tmp_path, offline, monkeypatch):
+    content = b"some bytes"
+    monkeypatch.setitem(data.PUBLIC_FILES, ("mnist", "x.gz"), ("http://host/", hashlib.md5(content).hexdigest()))
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Download(content))
+    assert data.find_file("mnist", "x.gz").read_bytes() == content
+    (tmp_path / "cache" / "mnist" / "x.gz").unlink()
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Download(b"damaged"))
+    with pytest.raises(InputError, match="checksum"):
+        data.find_file("mnist", "x.gz")
+    assert not list((tmp_path / "cache" / "mnist").iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\x08\x01", b"\0\0\x08\x01\0\0\0\x09abc", b"\x1f\x8bnot gzip", b"<html>"])
+def test_a_damaged_idx_file_is_told_in_one_line(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(InputError, match="fetch it again"):
+        read_idx(tmp_path / "x")
+
+
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_cifar10_is_read_from_its_binary_archive(tmp_path, offline, unpacked):
+    rng = np.random.default_rng(0)
+    records = rng.integers(256, size=(5, 4, 3073)).astype(np.uint8)
+    records[:, :, 0] %= 10
+    files = {f"cifar-10-batches-bin/data_batch_{i + 1}.bin": records[i].tobytes() for i in range(5)}
+    if unpacked:
+        (tmp_path / "cifar-10-batches-bin").mkdir()
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+    else:
+        with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
+            for name, content in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    images, labels, _ = load_array("cifar10", "train", data_dir=tmp_path)
+    assert images.shape == (20, 32, 32, 3) and labels.tolist() == records[:, :, 0].ravel().tolist()
+    assert images[6, 2, 3].tolist() == [records[1, 2, 1 + c * 1024 + 2 * 32 + 3] for c in range(3)]
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"no archive")
+    if not unpacked:
+        with pytest.raises(InputError, match="binary archive"):
+            load_array("cifar10", "train", data_dir=tmp_path)
+
+
+def test_unknown_names_and_sizes_are_refused():
+    with pytest.raises(InputError, match="neither a folder"):
+        load_data("no-such-thing", "train")
+    with pytest.raises(InputError, match="unknown data set"):
+        load_array("imagenet")
+    with pytest.raises(InputError, match="32x32"):
+        load_array("mnist", size=64)
+
+
+# pictures on disk
+
+def test_every_mode_becomes_rgb_the_right_way_up(tmp_path):
+    grey = np.linspace(0, 255, 16 * 8).reshape(16, 8).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    Image.fromarray(grey).convert("P").save(tmp_path / "palette.gif")
+    Image.new("CMYK", (8, 16), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
+    transparent = Image.new("RGBA", (8, 16), (255, 0, 0, 0))
+    transparent.putpixel((0, 0), (255, 0, 0, 255))
+    transparent.save(tmp_path / "rgba.png")
+    turned = Image.fromarray(grey)
+    exif = turned.getexif()
+    exif[0x0112] = 6                                             # the camera was held upright: turn by 90 degrees
+    turned.save(tmp_path / "turned.png", exif=exif)
+    read = lambda name: np.asarray(read_image(tmp_path / name))
+    for name in ("grey.png", "grey16.png", "palette.gif"):
+        assert read(name).shape == (16, 8, 3) and np.array_equal(read(name)[..., 0], grey), name
+    assert abs(read("cmyk.jpg")[4, 4].astype(int) - (255, 0, 0)).max() < 12
+    assert read("rgba.png")[0, 0].tolist() == [255, 0, 0] and read("rgba.png")[5, 5].tolist() == [255, 255, 255]
+    assert np.array_equal(read("turned.png")[..., 0], np.rot90(grey, -1))
+
+
+@pytest.mark.parametrize("width, height", [(32, 32), (33, 47), (300, 64), (20, 90), (5, 5), (64, 1)])
+def test_crops_have_the_asked_size_for_any_picture(width, height):
+    image = Image.new("RGB", (width, height), (10, 20, 30))
+    rng = np.random.default_rng(0)
+    for crop in (center_crop(image, 32), *(random_crop(image, 32, rng) for _ in range(5))):
+        assert crop.shape == (32, 32, 3) and (crop == (10, 20, 30)).all()
+
+
+def test_the_centre_crop_of_a_double_size_picture_is_its_box_average():
+    pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3)).astype(np.uint8)
+    expected = pixels.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
+    assert abs(center_crop(Image.fromarray(pixels), 32) - expected).max() <= 0.5
+
+
+def make_folder(root, count=12, classes=("cat", "dog")):
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (40, 50), (label * 200, i * 5, 0)).save(root / name / f"{i:02d}.png")
+
+
+def test_a_folder_has_its_classes_in_order_and_holds_out_a_part(tmp_path):
+    make_folder(tmp_path, count=30)
+    train, test = (FolderData(tmp_path, split) for split in ("train", "test"))
+    assert train.class_names == ["cat", "dog"] and (len(train), len(test)) == (57, 3)
+    assert not {path for path, _ in train.files} & {path for path, _ in test.files}
+    images, labels = zip(*test.passes(2))
+    assert torch.cat(images).shape == (3, 2, 3, 32, 32) and torch.cat(labels).tolist() == [0, 0, 1]
+
+
+def test_train_and_val_folders_are_the_splits_where_they_exist(tmp_path):
+    make_folder(tmp_path / "train", 5)
+    make_folder(tmp_path / "val", 2, ("dog",))
+    assert len(FolderData(tmp_path, "train")) == 10
+    assert [label for _, label in FolderData(tmp_path, "test").files] == [1, 1]
+
+
+def test_broken_files_are_skipped_counted_and_named_in_one_warning(tmp_path, capsys):
+    make_folder(tmp_path)
+    (tmp_path / "cat" / "05.png").write_bytes(b"no picture")
+    (tmp_path / "dog" / "07.png").write_bytes((tmp_path / "dog" / "07.png").read_bytes()[:60])
+    (tmp_path / "dog" / "notes.txt").write_text("not a picture, and not counted as a broken one")
+    folder = FolderData(tmp_path, "train")
+    labels = torch.cat([labels for _, labels in folder.passes(5)])
+    assert len(labels) == len(folder) - 2
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1 and "2 of 22" in error and "05.png" in error and "07.png" in error
+    batches = folder.batches(8, seed=0)
+    assert all(next(batches).shape == (8, 3, 32, 32) for _ in range(6))
+
+
+def test_empty_and_wholly_broken_folders_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no pictures"):
+        load_data(str(tmp_path / "empty"), "train")
+    (tmp_path / "broken" / "cat").mkdir(parents=True)
+    for i in range(3):
+        (tmp_path / "broken" / "cat" / f"{i}.jpg").write_bytes(b"broken")
+    with pytest.raises(InputError, match="none of the"):
+        load_data(str(tmp_path / "broken"), "train")
+
+
+def test_batches_go_through_every_picture_and_a_resumed_run_sees_the_same(tmp_path):
+    order = batch_indices(10, 3, seed=0)
+    epoch = torch.cat([next(order) for _ in range(3)])
+    assert len(set(epoch.tolist())) == 9
+    following = [next(order) for _ in range(4)]
+    resumed = batch_indices(10, 3, seed=0, start=3)
+    assert all(torch.equal(a, next(resumed)) for a in following)
+    make_folder(tmp_path)
+    folder = FolderData(tmp_path, "train")
+    batches = folder.batches(4, seed=0)
+    seen = [next(batches) for _ in range(7)]
+    assert torch.equal(next(folder.batches(4, seed=0, start=6)), seen[6])
+
+
+# the code cache
+
+def test_codes_are_computed_once_and_again_when_anything_changes(tmp_path, monkeypatch):
+    vq = VQModel(VQConfig(codebook_size=64, ch=32, ch_mult=(1, 2), z_channels=32)).eval()
+    calls = []
+    tokenize = vq.tokenize
+    monkeypatch.setattr(vq, "tokenize", lambda x: calls.append(1) or tokenize(x))
+    shapes = ArrayData("shapes", "test", 32, 20)
+    codes, labels = load_codes(vq, "a", shapes, tmp_path, "cpu", batch_size=8)
+    assert codes.dtype == np.uint16 and codes.shape == (20, 1, 256) and np.array_equal(labels, shapes.labels)
+    expected = tokenize(data.to_float(shapes.images[:8]))        # the same batch size: sums may round differently in another
+    assert np.array_equal(codes[:8, 0], expected.numpy())
+    assert len(calls) == 3
+    load_codes(vq, "a", shapes, tmp_path, "cpu")
+    assert len(calls) == 3                                       # reused
+    load_codes(vq, "b", shapes, tmp_path, "cpu")
+    assert len(calls) == 4                                       # another tokenizer
+    load_codes(vq, "a", ArrayData("shapes", "test", 32, 19), tmp_path, "cpu")
+    assert len(calls) == 5                                       # other pictures
+    assert len(list(tmp_path.iterdir())) == 6                    # two files each, nothing partial
+
+
+def test_codes_of_a_folder_hold_the_mirror_image_and_skip_broken_files(tmp_path):
+    make_folder(tmp_path / "set", 3)
+    (tmp_path / "set" / "cat" / "01.png").write_bytes(b"broken")
+    vq = VQModel(VQConfig(codebook_size=64, ch=32, ch_mult=(1, 2), z_channels=32)).eval()
+    codes, labels = load_codes(vq, "a", FolderData(tmp_path / "set", "train", 16), tmp_path, "cpu")
+    assert codes.shape == (4, 2, 64) and labels.tolist() == [0, 1, 1, 1]
+    with pytest.raises(InputError, match="65,536"):
+        vq.config.codebook_size = 65537
+        load_codes(vq, "a", FolderData(tmp_path / "set", "train", 16), tmp_path, "cpu")

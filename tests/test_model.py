@@ -1,0 +1,195 @@
+"""pytest -q tests/test_model.py"""
+import argparse
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPT_SIZES, GPTConfig, RMSNorm, apply_rope, load_gpt, rope_table
+from tokenizer import InputError
+
+SMALL = dict(dim=64, n_layer=3, n_head=4, vocab_size=96, block_size=16, num_classes=10)
+
+
+def small_gpt(**changes):
+    """A small GPT with a random output layer: the initial zeros would make every logit equal."""
+    gpt = GPT(GPTConfig(**{**SMALL, **changes}))
+    torch.nn.init.normal_(gpt.output.weight, std=0.5)
+    return gpt
+
+
+@pytest.mark.parametrize("kind", ["c2i", "t2i"])
+@pytest.mark.parametrize("training", [False, True])
+def test_logits_and_loss_equal_the_official_code(golden, kind, training):
+    arrays, weights = golden(f"gpt_{kind}")
+    config = {key[7:]: int(value) for key, value in arrays.items() if key.startswith("config.")}
+    gpt = GPT(GPTConfig(**config, model_type=kind, token_dropout=0, resid_dropout=0, ffn_dropout=0, class_dropout=0))
+    gpt.load_state_dict(weights)
+    gpt.train(training)
+    tokens = arrays["tokens"]
+    logits, loss = gpt(tokens[:, :-1], arrays["cond"], targets=tokens, cond_mask=arrays.get("cond_mask"))
+    assert logits.dtype == torch.float32
+    assert (logits - arrays["logits"]).abs().max() < 1e-4
+    assert abs(loss.item() - arrays["loss"].item()) < 1e-5
+
+
+PARAMETERS = {"GPT-B": (110_888_448, 112_282_368), "GPT-L": (342_910_976, 345_031_680),
+              "GPT-XL": (774_699_520, 777_678_080), "GPT-XXL": (1_410_972_672, 1_414_940_160),
+              "GPT-XXXL": (3_893_027_840, 3_902_261_760), "GPT-1B": (1_199_616_000, 1_205_954_560),
+              "GPT-3B": (3_096_659_200, 3_110_249_600), "GPT-7B": (6_614_589_440, 6_635_655_168)}
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_every_size_has_the_official_number_of_parameters(size):
+    for kind, L, expected in zip(("c2i", "t2i"), (1, 120), PARAMETERS[size]):
+        with torch.device("meta"):
+            gpt = GPT(GPTConfig(**GPT_SIZES[size], model_type=kind, cls_token_num=L))
+        assert sum(p.numel() for p in gpt.parameters()) == expected
+
+
+def test_the_first_loss_is_that_of_guessing():
+    gpt = GPT(GPTConfig(**SMALL)).eval()
+    tokens = torch.randint(96, (2, 16))
+    _, loss = gpt(tokens[:, :-1], torch.tensor([1, 2]), targets=tokens)
+    assert loss.item() == pytest.approx(math.log(96), abs=1e-5)
+
+
+@pytest.mark.parametrize("t", [0, 5, 14])
+def test_changing_a_token_leaves_the_logits_before_it_alone(t):
+    gpt = small_gpt().eval()
+    tokens = torch.randint(96, (1, 15))
+    changed = tokens.clone()
+    changed[0, t] = (tokens[0, t] + 1) % 96
+    before, _ = gpt(tokens, torch.tensor([3]))
+    after, _ = gpt(changed, torch.tensor([3]))
+    assert torch.equal(before[:, :t + 1], after[:, :t + 1])
+    assert not torch.allclose(before[:, t + 1], after[:, t + 1])
+
+
+def test_no_tokens_give_the_logits_of_the_first_and_too_many_are_refused():
+    gpt = small_gpt().eval()
+    logits, loss = gpt(torch.zeros(2, 0, dtype=torch.long), torch.tensor([0, 10]))
+    assert logits.shape == (2, 1, 96) and loss is None
+    with pytest.raises(InputError, match="16 tokens"):
+        gpt(torch.zeros(2, 16, dtype=torch.long), torch.tensor([0, 10]))
+
+
+def test_rope_keeps_lengths_and_depends_on_the_distance_only():
+    config = GPTConfig(**SMALL)
+    table = rope_table(config)[1:]                               # 4 x 4 positions, the condition's row left out
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    turned = lambda x, row, column: apply_rope(x, table[row * 4 + column][None])
+    torch.testing.assert_close(turned(q, 2, 3).norm(), q.norm())
+    score = lambda a, b: (turned(q, *a) * turned(k, *b)).sum()
+    torch.testing.assert_close(score((0, 1), (1, 3)), score((2, 0), (3, 2)))         # both one down, two right
+    assert not torch.isclose(score((0, 1), (1, 3)), score((0, 1), (3, 2)))
+
+
+def test_condition_rows_of_rope_are_zero_and_the_table_stays_float32():
+    gpt = small_gpt(model_type="t2i", cls_token_num=3, caption_dim=8).to(torch.bfloat16)
+    assert gpt.rope.dtype == torch.float32 and gpt.norm.weight.dtype == torch.bfloat16
+    assert gpt.rope[:3].abs().max() == 0 and gpt.rope.shape[0] == 3 + 16
+    assert not any("rope" in name or "freqs" in name for name in gpt.state_dict())
+
+
+def test_rmsnorm_follows_its_formula():
+    norm = RMSNorm(8)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight)
+
+
+def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values():
+    grouped, full = small_gpt(n_kv_head=2).eval(), small_gpt().eval()
+    weights = grouped.state_dict()
+    for name in [n for n in weights if n.endswith("wqkv.weight")]:
+        q, k, v = weights[name].split([64, 32, 32])
+        double = lambda w: w.unflatten(0, (2, 16)).repeat_interleave(2, dim=0).flatten(0, 1)
+        weights[name] = torch.cat([q, double(k), double(v)])
+    full.load_state_dict(weights)
+    tokens, cond = torch.randint(96, (2, 15)), torch.tensor([4, 5])
+    torch.testing.assert_close(grouped(tokens, cond)[0], full(tokens, cond)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_label_dropout_replaces_that_share_by_the_null_class_in_training_only():
+    gpt = small_gpt(class_dropout=0.3)
+    embed, cond = gpt.cls_embedding, torch.full((4000,), 2)
+    null = embed.embedding_table.weight[10]
+    share = lambda: (embed(cond)[:, 0] == null).all(dim=-1).float().mean().item()
+    assert share() == pytest.approx(0.3, abs=0.03)
+    gpt.eval()
+    assert share() == 0
+
+
+def test_stochastic_depth_skips_the_later_layers_more_often_and_keeps_the_mean():
+    gpt = small_gpt(drop_path=0.5)
+    assert [layer.drop_path for layer in gpt.layers] == [0, 0.25, 0.5]
+    kept = gpt.layers[2].skip_path(torch.ones(4000, 1, 1))
+    assert set(kept.flatten().tolist()) == {0.0, 2.0} and kept.mean().item() == pytest.approx(1, abs=0.05)
+    gpt.eval()
+    assert torch.equal(gpt.layers[2].skip_path(torch.ones(2, 1, 1)), torch.ones(2, 1, 1))
+
+
+def test_padded_condition_tokens_are_never_read(golden):
+    arrays, weights = golden("gpt_t2i")
+    config = {key[7:]: int(value) for key, value in arrays.items() if key.startswith("config.")}
+    gpt = GPT(GPTConfig(**config, model_type="t2i")).eval()
+    gpt.load_state_dict(weights)
+    cond, mask, tokens = arrays["cond"], arrays["cond_mask"], arrays["tokens"][:, :-1]
+    noise = cond + (mask == 0)[..., None] * torch.randn_like(cond)
+    logits = gpt(tokens, cond, cond_mask=mask)[0]
+    torch.testing.assert_close(gpt(tokens, noise, cond_mask=mask.bool())[0], logits)
+    assert logits.isfinite().all() and not torch.allclose(gpt(tokens, noise)[0], logits)
+
+
+def test_it_overfits_one_batch():
+    gpt = GPT(GPTConfig(**SMALL, token_dropout=0, resid_dropout=0, ffn_dropout=0, class_dropout=0))
+    tokens, cond = torch.randint(96, (4, 16)), torch.arange(4)
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=3e-3)
+    for _ in range(120):
+        _, loss = gpt(tokens[:, :-1], cond, targets=tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(block_size=15), "square"), (dict(dim=60), "multiple of 4"), (dict(n_kv_head=3), "multiple of n_kv_head")])
+def test_impossible_configurations_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        GPTConfig(**{**SMALL, **changes})
+
+
+@pytest.mark.parametrize("kind", ["c2i", "t2i"])
+@pytest.mark.parametrize("container", ["model", "module", "state_dict", None])
+def test_a_released_gpt_loads_from_every_container(tmp_path, container, kind):
+    config = GPTConfig(**GPT_SIZES["tiny"], vocab_size=32, block_size=64, num_classes=10, model_type=kind,
+                       cls_token_num=1 if kind == "c2i" else 5, caption_dim=2048 if kind == "c2i" else 24)
+    gpt = GPT(config).eval()
+    weights = {**gpt.state_dict(), "freqs_cis": torch.zeros(65, 32, 2)}
+    file = {container: weights, "ema": {}, "args": argparse.Namespace(), "steps": 1} if container else weights
+    torch.save(file, tmp_path / "gpt.pt")
+    loaded = load_gpt(tmp_path / "gpt.pt", image_size=128)
+    assert (loaded.config.n_head, loaded.config.block_size, loaded.config.model_type) == (4, 64, kind)
+    assert not loaded.training and torch.equal(loaded.rope, gpt.rope)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), gpt.parameters()))
+    assert load_gpt(tmp_path / "gpt.pt").config.block_size == 256
+    half = load_gpt(tmp_path / "gpt.pt", dtype=torch.bfloat16)
+    assert half.output.weight.dtype == torch.bfloat16 and half.rope.dtype == torch.float32
+
+
+def test_a_gpt_of_unknown_size_says_which_shapes_it_found(tmp_path):
+    torch.save(small_gpt().state_dict(), tmp_path / "odd.pt")
+    with pytest.raises(InputError, match="3 layers of width 64"):
+        load_gpt(tmp_path / "odd.pt")
+
+
+@pytest.mark.cuda
+def test_cuda_gives_the_same_logits_as_the_cpu():
+    gpt = small_gpt().eval()
+    tokens, cond = torch.randint(96, (2, 15)), torch.tensor([1, 2])
+    expected = gpt(tokens, cond)[0]
+    gpt.cuda()
+    torch.testing.assert_close(gpt(tokens.cuda(), cond.cuda())[0].cpu(), expected, atol=1e-3, rtol=1e-3)

@@ -1,0 +1,190 @@
+"""pytest -q tests/test_sample.py"""
+import numpy as np
+import pytest
+import torch
+
+import sample
+from data import image_grid, to_uint8
+from model import GPT, GPTConfig
+from sample import draw, filter_logits, generate, get_args, main, parse_classes
+from tokenizer import InputError, VQConfig, VQModel, weights_hash
+
+SMALL = dict(dim=64, n_layer=2, n_head=4, vocab_size=64, block_size=16, num_classes=10)
+
+
+@pytest.fixture
+def gpt():
+    gpt = GPT(GPTConfig(**SMALL)).eval()
+    for weight in gpt.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return gpt
+
+
+def slow_generate(gpt, cond, cfg_scale, cfg_interval=-1):
+    """Greedy sampling without a cache: the full forward pass for every token, twice for guidance."""
+    tokens = torch.zeros(len(cond), 0, dtype=torch.long)
+    for i in range(gpt.config.block_size):
+        conditional = gpt(tokens, cond)[0][:, -1]
+        unconditional = gpt(tokens, torch.full_like(cond, gpt.config.num_classes))[0][:, -1]
+        inside = cfg_interval == -1 or i <= cfg_interval + 1
+        logits = unconditional + cfg_scale * (conditional - unconditional) if inside else conditional
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("kind", ["c2i", "t2i"])
+def test_greedy_tokens_equal_the_official_code_under_all_guidance_settings(golden, kind):
+    arrays, weights = golden(f"gpt_{kind}")
+    config = {key[7:]: int(value) for key, value in arrays.items() if key.startswith("config.")}
+    gpt = GPT(GPTConfig(**config, model_type=kind)).eval()
+    gpt.load_state_dict(weights)
+    cond = arrays["cond"][:2] if kind == "c2i" else arrays["cond"]
+    for name, settings in {"cfg1": {}, "cfg2": dict(cfg_scale=2.0),
+                           "cfg3_interval5": dict(cfg_scale=3.0, cfg_interval=5)}.items():
+        tokens = generate(gpt, cond, arrays.get("cond_mask"), top_k=1, **settings)
+        assert torch.equal(tokens, arrays[f"greedy.{name}"]), name
+
+
+@pytest.mark.parametrize("cfg_scale, cfg_interval", [(1.0, -1), (0.5, -1), (3.0, -1), (3.0, 0), (3.0, 4), (0.0, -1)])
+def test_decoding_with_the_cache_equals_the_full_forward(gpt, cfg_scale, cfg_interval):
+    cond = torch.tensor([1, 7, 10])
+    assert torch.equal(generate(gpt, cond, cfg_scale=cfg_scale, cfg_interval=cfg_interval, top_k=1),
+                       slow_generate(gpt, cond, cfg_scale, cfg_interval))
+
+
+def test_grouped_heads_decode_like_the_full_forward_with_a_smaller_cache():
+    gpt = GPT(GPTConfig(**SMALL, n_kv_head=2)).eval()
+    torch.nn.init.normal_(gpt.output.weight)
+    cond = torch.tensor([1, 7])
+    assert gpt.new_cache(2)[0][0].shape == (2, 2, 17, 16)
+    assert torch.equal(generate(gpt, cond, cfg_scale=2.0, top_k=1), slow_generate(gpt, cond, 2.0))
+
+
+def test_scale_zero_is_unconditional_and_scale_one_never_runs_a_second_row(gpt, monkeypatch):
+    null = torch.tensor([10, 10])
+    cond = torch.tensor([1, 2])
+    assert torch.equal(generate(gpt, cond, cfg_scale=0.0, top_k=1), generate(gpt, null, top_k=1))
+    rows = []
+    new_cache = gpt.new_cache
+    monkeypatch.setattr(gpt, "new_cache", lambda n: rows.append(n) or new_cache(n))
+    generate(gpt, cond, cfg_scale=1.0)
+    generate(gpt, cond, cfg_scale=1.5)
+    assert rows == [2, 4]
+
+
+def test_after_the_interval_the_unconditional_rows_are_not_computed(gpt, monkeypatch):
+    rows, step = [], gpt.step
+    monkeypatch.setattr(gpt, "step", lambda token, *rest: rows.append(len(token)) or step(token, *rest))
+    generate(gpt, torch.tensor([1, 2]), cfg_scale=2.0, cfg_interval=3)
+    assert rows == [4] * 4 + [2] * 11                            # tokens 1 .. 4 are guided, 5 .. 15 are not
+
+
+def test_a_prefix_is_kept_and_completed_as_if_it_had_been_sampled(gpt):
+    cond = torch.tensor([4, 5])
+    whole = generate(gpt, cond, cfg_scale=2.0, top_k=1)
+    for P in (1, 9, 16):
+        assert torch.equal(generate(gpt, cond, cfg_scale=2.0, top_k=1, prefix=whole[:, :P]), whole)
+    other = (whole[:, :9] + 1) % 64
+    assert torch.equal(generate(gpt, cond, prefix=other)[:, :9], other)
+
+
+def test_the_same_generator_seed_gives_the_same_picture_and_another_does_not(gpt):
+    cond = torch.tensor([4, 5])
+    make = lambda seed: generate(gpt, cond, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(make(1), make(1)) and not torch.equal(make(1), make(2))
+
+
+def test_top_k_keeps_ties_and_top_p_keeps_the_token_that_crosses():
+    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, 0.0]])
+    kept = lambda **settings: filter_logits(logits, **settings).isfinite()[0].tolist()
+    assert kept(top_k=2) == [True, False, True, True, False]
+    assert kept(top_k=99) == kept(top_k=0) == kept(top_p=1.0) == [True] * 5
+    probabilities = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    count = lambda p: int(filter_logits(probabilities, top_p=p).isfinite().sum())
+    assert [count(p) for p in (1e-9, 0.49, 0.51, 0.79, 0.81, 0.96)] == [1, 1, 2, 2, 3, 4]
+
+
+def test_draws_follow_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    tokens = draw(logits.expand(40000, 4))
+    frequencies = torch.bincount(tokens, minlength=4) / 40000
+    torch.testing.assert_close(frequencies, logits.softmax(0), atol=0.01, rtol=0)
+    cold = torch.bincount(draw(logits.expand(40000, 4), temperature=0.5), minlength=4) / 40000
+    torch.testing.assert_close(cold, (logits / 0.5).softmax(0), atol=0.01, rtol=0)
+
+
+def test_one_decoding_step_compiles_without_graph_breaks_or_recompilation(gpt):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    expected = generate(gpt, torch.tensor([1, 2]), cfg_scale=2.0, top_k=1)
+    gpt.step = torch.compile(gpt.step, backend=count, fullgraph=True, dynamic=False)
+    for _ in range(2):
+        assert torch.equal(generate(gpt, torch.tensor([1, 2]), cfg_scale=2.0, top_k=1), expected)
+    assert len(graphs) == 1                                      # one graph serves all positions and both calls
+
+
+def test_pixels_are_clamped_and_truncated_like_the_released_samplers():
+    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.5, 0.99, 1.0, 3.0]).view(1, 1, 1, 8).expand(1, 3, 1, 8)
+    assert to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 0, 128, 191, 254, 255, 255]
+
+
+def test_class_names_and_numbers_are_understood_and_others_refused():
+    names = ["cat", "dog", "7"]
+    assert parse_classes("dog, 0,cat", names) == [1, 0, 0]
+    for wrong in ("3", "-1", "horse", "1,,2", ""):
+        with pytest.raises(InputError, match="0 to 2"):
+            parse_classes(wrong, names)
+
+
+def test_a_grid_is_labelled_on_the_left_and_holds_every_picture():
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.full((6, 8, 8, 3), 40, np.uint8)
+    sheet = np.asarray(image_grid(images, columns=3, row_names=["circle", "star"], scale=2))
+    for i in range(6):
+        assert (sheet[2 + i // 3 * 18 + 8, sheet.shape[1] - 3 * 18 + i % 3 * 18 + 4] == 40 * i).all()
+
+
+@pytest.fixture
+def checkpoints(tmp_path, gpt):
+    vq = VQModel(VQConfig(codebook_size=64, ch=32, ch_mult=(1, 2), z_channels=32))
+    torch.save({"model": vq.state_dict(), "config": dict(vars(vq.config))}, tmp_path / "vq.pt")
+    torch.save({"model": gpt.state_dict(), "config": dict(vars(gpt.config)), "vq_hash": weights_hash(vq),
+                "class_names": [f"class {i}" for i in range(10)]}, tmp_path / "gpt.pt")
+    return ["--gpt", str(tmp_path / "gpt.pt"), "--vq", str(tmp_path / "vq.pt"), "--device", "cpu"]
+
+
+def test_npz_has_the_evaluators_format_and_balanced_labels(tmp_path, checkpoints, capsys):
+    main(get_args([*checkpoints, "--npz", str(tmp_path / "new" / "s.npz"), "--num-samples", "23", "--batch-size", "10",
+                   "--classes", "3,class 1"]))
+    with np.load(tmp_path / "new" / "s.npz", allow_pickle=False) as file:
+        assert file["arr_0"].shape == (23, 8, 8, 3) and file["arr_0"].dtype == np.uint8
+        assert np.bincount(file["label"]).tolist() == [0, 11, 0, 12]
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_the_command_draws_a_grid_with_every_sampling_flag(tmp_path, checkpoints):
+    main(get_args([*checkpoints, "--out", str(tmp_path / "grid.png"), "--per-class", "2", "--cfg-scale", "3",
+                   "--cfg-interval", "4", "--temperature", "0.9", "--top-k", "20", "--top-p", "0.9", "--seed", "1"]))
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+
+
+def test_a_tokenizer_of_another_gpt_is_refused(tmp_path, checkpoints):
+    other = VQModel(VQConfig(codebook_size=64, ch=32, ch_mult=(1, 2), z_channels=32))
+    torch.save({"model": other.state_dict(), "config": dict(vars(other.config))}, tmp_path / "vq.pt")
+    with pytest.raises(InputError, match="do not belong together"):
+        main(get_args(checkpoints))
+    other = VQModel(VQConfig(codebook_size=32, ch=32, ch_mult=(1, 2), z_channels=32))
+    torch.save({"model": other.state_dict(), "config": dict(vars(other.config))}, tmp_path / "vq.pt")
+    with pytest.raises(InputError, match="64 tokens.*32 entries"):
+        main(get_args(checkpoints))
+
+
+@pytest.mark.parametrize("flags", [["--num-samples", "0"], ["--temperature", "-1"], ["--top-p", "0"], ["--per-class", "x"]])
+def test_impossible_flags_end_with_a_message(flags):
+    with pytest.raises(SystemExit) as error:
+        get_args(flags)
+    assert error.value.code == 2
