@@ -29,8 +29,9 @@ CACHE = Path(os.environ.get("LLAMAGEN_CACHE", Path.home() / ".cache" / "llamagen
 DEBIAN = Path("/usr/share/datasets")
 
 
-# --------------------------------------------------------------------------------------------------------------
-# shapes: ten kinds x eight colours x six backgrounds x two sizes, anywhere in the picture, lit from a random side
+# ------------------------------------------------------------------------------------------------------------
+# shapes: ten kinds x eight colours x six backgrounds x two sizes, anywhere in the picture, lit from a random
+# side
 
 def ngon(n, start=-90, radius=1.0, x=0.0, y=0.0):
     """The n corners of a regular polygon, (n, 2); start in degrees, -90 is straight up (y grows downwards)."""
@@ -71,7 +72,7 @@ COLOURS = {"red": (222, 40, 44), "orange": (247, 140, 22), "yellow": (252, 222, 
            "cyan": (64, 208, 232), "blue": (56, 100, 236), "purple": (150, 64, 200), "pink": (248, 132, 190)}
 BACKGROUNDS = {"black": (18, 18, 22), "white": (240, 240, 238), "gray": (122, 124, 128), "navy": (20, 28, 84),
                "brown": (92, 54, 32), "forest": (18, 72, 46)}
-SIZES = {"small": 0.26, "large": 0.39}                           # radius as a share of the picture's side
+SIZES = {"small": 0.26, "large": 0.37}                           # radius as a share of the picture's side
 SHAPES_COUNT = {"train": 20_000, "test": 10_000}
 
 
@@ -85,8 +86,9 @@ def shape_attributes(split, index, seed=0):
     pick = lambda names: list(names)[rng.integers(len(names))]
     item = dict(kind=pick(KINDS), colour=pick(COLOURS), background=pick(BACKGROUNDS), size=pick(SIZES))
     radius = SIZES[item["size"]]
-    item["x"], item["y"] = rng.uniform(1.15 * radius, 1 - 1.15 * radius, size=2)         # centre, as shares of the side
-    item["light_angle"], item["light_strength"] = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.25)
+    # centre, as shares of the side
+    item["x"], item["y"] = rng.uniform(1.2 * radius, 1 - 1.2 * radius, size=2)
+    item["light_angle"], item["light_strength"] = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.12)
     item["caption"] = "a {size} {colour} {kind} on a {background} background".format(**item)
     return item
 
@@ -96,7 +98,7 @@ def draw_shapes(split="train", start=0, n=100, size=32, seed=0):
     items = [shape_attributes(split, i, seed) for i in range(start, start + n)]
     images = np.empty((n, size, size, 3), np.uint8)
     axis = np.linspace(-1, 1, size, dtype=np.float32)
-    for first in range(0, n, 1000):                              # in blocks: the float pictures need 12 times the memory
+    for first in range(0, n, 1000):                   # in blocks: the float pictures need 12 times the memory
         block = items[first:first + 1000]
         alpha = np.stack([shape_mask(item, size) for item in block])[..., None] / np.float32(255)
         colour = np.array([COLOURS[item["colour"]] for item in block], np.float32)[:, None, None]
@@ -120,7 +122,7 @@ def shape_mask(item, size, oversample=4):
     return np.asarray(canvas.reduce(oversample))
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files: find them on this machine, or download them
 
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -135,7 +137,8 @@ PUBLIC_FILES = {                                                 # (data set, fi
     ("mnist", "t10k-images-idx3-ubyte.gz"): (MNIST, "9fb629c4189551a2d022fa330f9573f3"),
     ("mnist", "t10k-labels-idx1-ubyte.gz"): (MNIST, "ec29112dd5afa0611ce80d1b7f02629c"),
     ("cifar10", "cifar-10-binary.tar.gz"): ("https://www.cs.toronto.edu/~kriz/", "c32a1d4ab5d03f1284b67883e8d87530"),
-    ("lpips", "vgg16-397923af.pth"): ("https://download.pytorch.org/models/", None),     # its name holds its sha256
+    # its name holds its sha256
+    ("lpips", "vgg16-397923af.pth"): ("https://download.pytorch.org/models/", None),
     ("lpips", "vgg.pth"): ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/",
                            "d507d7349b931f0638a25a48a722f98a"),
 }
@@ -172,7 +175,7 @@ def download(group, name):
         if not good:
             raise InputError(f"{address}{name} arrived damaged (wrong checksum): try again")
         partial.rename(target)
-    except OSError as error:                                     # no network, no such host, time out, disk full
+    except OSError as error:                                   # no network, no such host, time out, disk full
         raise InputError(f"{name} is not on this machine and cannot be downloaded ({error}): "
                          f"get {address}{name} and put it into {target.parent}") from None
     finally:
@@ -254,14 +257,14 @@ def load_array(name, split="train", n=None, data_dir=None, size=32):
     return images[:n], labels[:n], None
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Image files
 
 def read_image(path):
     """Any file that Pillow reads, as an RGB picture the right way up; transparent parts become white."""
     image = Image.open(path)
-    image = ImageOps.exif_transpose(image)                       # cameras store the rotation instead of rotating
-    if image.mode.startswith("I"):                               # 16-bit grey: convert("RGB") would clip, not scale
+    image = ImageOps.exif_transpose(image)                    # cameras store the rotation instead of rotating
+    if image.mode.startswith("I"):                         # 16-bit grey: convert("RGB") would clip, not scale
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -293,7 +296,7 @@ def random_crop(image, size, rng, min_share=0.8):
     return pixels[top:top + size, left:left + size]
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data sets for training
 
 def batch_indices(count, batch_size, seed, start=0):
@@ -314,9 +317,9 @@ class ArrayData:
     def __init__(self, name, split, size=32, n=None, data_dir=None):
         images, labels, self.captions = load_array(name, split, n, data_dir, size)
         self.class_names, self.size = CLASS_NAMES[name], size
-        self.images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)     # (M, 3, H, W) uint8
+        self.images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # (M, 3, H, W) uint8
         self.labels = torch.from_numpy(labels)                                               # (M,)
-        self.crops = 1                                           # one version of each picture: these have no margin to cut
+        self.crops = 1                              # one version of each picture: these have no margin to cut
 
     def __len__(self):
         return len(self.labels)
@@ -354,7 +357,8 @@ class FolderData(torch.utils.data.Dataset):
     """
 
     def __init__(self, root, split, size=32, n=None, flip=True):
-        self.size, self.flip, self.crops = size, flip, 2 if flip else 1      # crops: the centre, and its mirror image
+        # crops: the centre, and its mirror image
+        self.size, self.flip, self.crops = size, flip, 2 if flip else 1
         self.captions, self.broken = None, set()
         root = Path(root)
         base = root / "train" if (root / "train").is_dir() else root
@@ -374,7 +378,8 @@ class FolderData(torch.utils.data.Dataset):
         if not self.files:
             raise InputError(f"{source} holds no pictures: put them into one sub-folder per class, as in "
                              f"{source / 'cat' / 'photo.jpg'}")
-        if all(self.read(i, center_crop) is None for i in range(len(self.files))):      # stops at the first good one
+        # stops at the first good one
+        if all(self.read(i, center_crop) is None for i in range(len(self.files))):
             raise InputError(f"none of the {len(self.files)} pictures in {source} can be read, the first being "
                              f"{self.files[0][0].name}: are they complete, and of a format that Pillow knows?")
 
@@ -390,7 +395,7 @@ class FolderData(torch.utils.data.Dataset):
         """One picture as uint8 (size, size, 3), or None if it cannot be read."""
         try:
             return crop(read_image(self.files[i][0]), self.size, *more)
-        except Exception:      # Pillow's readers raise almost anything on a damaged file; no file may stop a run
+        except Exception:   # Pillow's readers raise almost anything on a damaged file; no file may stop a run
             return None
 
     def __getitem__(self, key):
@@ -428,8 +433,8 @@ class FolderData(torch.utils.data.Dataset):
         for samples in self.loader(keys):
             images = [pixels for _, pixels in self.readable(samples)]
             if images:
-                # Unreadable pictures are replaced by others of the batch, so that its size, and with it the compiled
-                # step, stays the same.
+                # Unreadable pictures are replaced by others of the batch, so that its size, and with it the
+                # compiled step, stays the same.
                 images = torch.stack([images[i % len(images)] for i in range(len(samples))])
                 yield to_float(images.to(device, non_blocking=True))
 
@@ -453,7 +458,7 @@ def load_data(name, split, size=32, n=None, data_dir=None, flip=True):
     return FolderData(name, split, size, n, flip)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The code cache: every picture as tokens, computed once
 
 @torch.inference_mode()
@@ -481,7 +486,8 @@ def load_codes(vq, vq_hash, data, folder, device, batch_size=256):
                     labels.append(batch_labels)
                     rows += len(images)
                     bar.update(len(images))
-            np.save(labels_path, torch.cat(labels).numpy())      # fewer than rows of codes if pictures were unreadable
+            # fewer than rows of codes if pictures were unreadable
+            np.save(labels_path, torch.cat(labels).numpy())
             partial.rename(codes_path)
         finally:
             partial.unlink(missing_ok=True)
@@ -489,7 +495,7 @@ def load_codes(vq, vq_hash, data, folder, device, batch_size=256):
     return np.load(codes_path, mmap_mode="r")[:len(labels)], labels
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pictures for people
 
 def image_grid(images, columns, row_names=(), scale=4, gap=2):

@@ -34,7 +34,7 @@ class GPTConfig:
     resid_dropout: float = 0.1
     ffn_dropout: float = 0.1
     class_dropout: float = 0.1           # share of conditions replaced by the null condition, for guidance
-    drop_path: float = 0.0               # stochastic depth: the last layer is skipped this often, the first never
+    drop_path: float = 0.0           # stochastic depth: the last layer is skipped this often, the first never
 
     def __post_init__(self):
         if math.isqrt(self.block_size) ** 2 != self.block_size:
@@ -59,7 +59,7 @@ GPT_SIZES = {                                                    # GPT(GPTConfig
 }
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2D rotary position embedding
 
 def rope_table(config, device=None, base=10000.0):
@@ -74,11 +74,11 @@ def rope_table(config, device=None, base=10000.0):
     d = config.dim // config.n_head
     side = math.isqrt(config.block_size)
     frequencies = base ** (-4 * torch.arange(d // 4, dtype=torch.float32, device=device) / d)        # (d/4,)
-    angles = torch.arange(side, dtype=torch.float32, device=device)[:, None] * frequencies           # (side, d/4)
+    angles = torch.arange(side, dtype=torch.float32, device=device)[:, None] * frequencies       # (side, d/4)
     rows = angles[:, None].expand(side, side, -1)
     columns = angles[None, :].expand(side, side, -1)
-    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)                                        # (N, d/2)
-    table = torch.stack([angles.cos(), angles.sin()], dim=-1)                                        # (N, d/2, 2)
+    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)                                       # (N, d/2)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)                                    # (N, d/2, 2)
     return torch.cat([table.new_zeros(config.cls_token_num, *table.shape[1:]), table])
 
 
@@ -89,7 +89,7 @@ def apply_rope(x, table):
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Building blocks. Attribute names are those of the released weights.
 
 class RMSNorm(nn.Module):
@@ -119,7 +119,8 @@ class Attention(nn.Module):
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))          #    (B, S, H + 2 G, d)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)    # q (B, H, S, d)   k, v (B, G, S, d)
+        # q (B, H, S, d)   k, v (B, G, S, d)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             # Write this step's keys and values into their rows of the cache and attend to all rows; the mask
             # hides those that are not filled yet. index_copy_ keeps every shape fixed: nothing to recompile.
@@ -217,7 +218,7 @@ class CaptionEmbedder(nn.Module):
         return self.uncond_embedding.to(cond.dtype).expand_as(cond)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class GPT(nn.Module):
 
@@ -236,11 +237,11 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.output.weight)                       # the first loss is exactly ln V: all tokens alike
+        nn.init.zeros_(self.output.weight)                  # the first loss is exactly ln V: all tokens alike
 
     def _apply(self, fn, recurse=True):
-        # Called by .to(), .cuda(), .bfloat16(). The RoPE table follows the weights to their device but stays float32
-        # and out of the state dict, which a buffer would not; rebuilding it takes microseconds.
+        # Called by .to(), .cuda(), .bfloat16(). The RoPE table follows the weights to their device but stays
+        # float32 and out of the state dict, which a buffer would not; rebuilding it takes microseconds.
         super()._apply(fn, recurse)
         self.rope = rope_table(self.config, device=self.norm.weight.device)
         return self
@@ -307,7 +308,7 @@ class GPT(nn.Module):
         return self.output(self.norm(x[:, -1])).float()
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 def infer_gpt_config(weights, image_size, path):
@@ -329,7 +330,8 @@ def infer_gpt_config(weights, image_size, path):
 
 def gpt_from_checkpoint(checkpoint, path, image_size=None, device="cpu", dtype=torch.float32):
     """The GPT in an already read checkpoint; see load_gpt."""
-    weights = {name: w for name, w in checkpoint["model"].items() if name != "freqs_cis"}    # a table in old files
+    # a table in old files
+    weights = {name: w for name, w in checkpoint["model"].items() if name != "freqs_cis"}
     if "tok_embeddings.weight" not in weights:
         raise InputError(f"{path} is not a GPT checkpoint: it has no token embedding (tok_embeddings.weight)")
     if "config" not in checkpoint:
@@ -338,7 +340,7 @@ def gpt_from_checkpoint(checkpoint, path, image_size=None, device="cpu", dtype=t
         config = GPTConfig(**checkpoint["config"])
         if image_size and (image_size // 16) ** 2 != config.block_size:
             raise InputError(f"{path} makes {config.block_size} tokens per image: leave the image size out")
-    with torch.device("meta"):                                   # shapes only: no time or memory for a random start
+    with torch.device("meta"):                             # shapes only: no time or memory for a random start
         gpt = GPT(config)
     return fill_weights(gpt, weights, path, assign=True).to(device=device, dtype=dtype).eval()
 

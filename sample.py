@@ -34,7 +34,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     if top_p < 1.0:
         values, order = logits.sort(dim=-1, descending=True)
         p = values.softmax(dim=-1)
-        outside = p.cumsum(dim=-1) - p >= top_p                  # the sum before this token already reaches top_p
+        outside = p.cumsum(dim=-1) - p >= top_p              # the sum before this token already reaches top_p
         outside[:, 0] = False                                    # never remove the best token
         logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
     return logits
@@ -73,7 +73,8 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
     if P == N:
         return tokens
 
-    # Both rows of guidance go through the network as one batch of twice the size: [conditional; unconditional].
+    # Both rows of guidance go through the network as one batch of twice the size: [conditional;
+    # unconditional].
     rows = lambda x: torch.cat([x, x]) if guided and x is not None else x
     both = torch.cat([cond, gpt.cls_embedding.null(cond)]) if guided else cond
     mask = gpt.attention_mask(rows(cond_mask))
@@ -89,7 +90,8 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
         if i == N - 1:
             break
         if guided and cfg_interval > -1 and i > cfg_interval:
-            # The next token is past the interval: drop the unconditional rows instead of computing them in vain.
+            # The next token is past the interval: drop the unconditional rows instead of computing them in
+            # vain.
             guided = False
             cache = [(k[:B], v[:B]) for k, v in cache]
             mask = mask[:B] if mask.ndim == 4 else mask
@@ -97,7 +99,7 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
     return tokens
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def parse_classes(text, class_names):
     """"0,3,heart" -> [0, 3, 6]: ids or names of the model's classes."""
@@ -153,7 +155,7 @@ def save_npz(path, images, labels):
     """The evaluators' format: arr_0 uint8 (M, H, W, 3), label int64 (M,)."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:                            # a file object, or NumPy would append .npz to the name
+    with open(partial, "wb") as file:                  # a file object, or NumPy would append .npz to the name
         np.savez(file, arr_0=images, label=labels)
     partial.replace(path)
 
@@ -171,9 +173,9 @@ def get_args(argv=None):
     group.add_argument("--npz", help="instead of a grid, write --num-samples pictures for fid.py, balanced over classes")
     group.add_argument("--num-samples", type=positive(int), default=1000, help="pictures in the --npz")
     group = parser.add_argument_group("how to sample")
-    group.add_argument("--cfg-scale", type=float, default=2.0, help="guidance; 1: none, 0: unconditional")
+    group.add_argument("--cfg-scale", type=float, default=3.0, help="guidance; 1: none, 0: unconditional")
     group.add_argument("--cfg-interval", type=int, default=-1, help="i: guide tokens 0 to i+1 only; -1: all")
-    group.add_argument("--temperature", type=float, default=1.0, help="below 1: less varied; 0: the likeliest token")
+    group.add_argument("--temperature", type=float, default=0.6, help="below 1: less varied; 0: the likeliest token")
     group.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
     group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that make up this share")
     group.add_argument("--batch-size", type=positive(int), default=100, help="pictures drawn at the same time")

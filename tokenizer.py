@@ -29,7 +29,8 @@ class VQConfig:
     codebook_size: int = 16384
     codebook_embed_dim: int = 8          # low on purpose: fewer dimensions, more of the codebook in use
     ch: int = 128                        # channels at full resolution; a multiple of norm_groups
-    ch_mult: tuple = (1, 1, 2, 2, 4)     # channels per level in units of ch; each level after the first halves H and W
+    # channels per level in units of ch; each level after the first halves H and W
+    ch_mult: tuple = (1, 1, 2, 2, 4)
     z_channels: int = 256
     num_res_blocks: int = 2              # per level in the encoder; the decoder has one more
     norm_groups: int = 32                # of GroupNorm; see `group_norm`
@@ -49,7 +50,7 @@ VQ_SIZES = {                                                     # VQModel(VQCon
 }
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Building blocks of the encoder and the decoder. Attribute names are those of the released weights.
 
 def group_norm(config, channels):
@@ -69,7 +70,7 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
-        nn.init.zeros_(self.conv2.weight)                        # start as the identity: colours pass from the first
+        nn.init.zeros_(self.conv2.weight)                 # start as the identity: colours pass from the first
 
     def forward(self, x):                                        # x    (B, D, h, w)
         y = self.conv1(F.silu(self.norm1(x)))                    # swish(x) = x sigmoid(x) = silu(x)
@@ -92,7 +93,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):                                        # x    (B, D, h, w)
         y = self.norm(x)
-        rows = lambda t: t.flatten(2).transpose(1, 2)            # (B, D, h, w) -> (B, N, D), what SDPA expects
+        rows = lambda t: t.flatten(2).transpose(1, 2)           # (B, D, h, w) -> (B, N, D), what SDPA expects
         y = F.scaled_dot_product_attention(rows(self.q(y)), rows(self.k(y)), rows(self.v(y)))
         return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
 
@@ -168,7 +169,7 @@ class Encoder(nn.Module):
     def forward(self, x):                                        # x    (B, 3, H, W)
         x = self.conv_in(x)
         for level in self.conv_blocks:
-            x = level(x)                                         #      (B, D, h, w) after the last
+            x = level(x)                                         # half of h and w each time, but for the last
         for block in self.mid:
             x = block(x)
         return self.conv_out(F.silu(self.norm_out(x)))           #      (B, Z, h, w)
@@ -195,11 +196,11 @@ class Decoder(nn.Module):
         for block in self.mid:
             x = block(x)
         for level in self.conv_blocks:
-            x = level(x)                                         # x    (B, D, H, W) after the last
+            x = level(x)                                         # twice h and w each time, but for the last
         return self.conv_out(F.silu(self.norm_out(x)))           #      (B, 3, H, W)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The quantizer
 
 class VectorQuantizer(nn.Module):
@@ -254,7 +255,7 @@ class VectorQuantizer(nn.Module):
         return self.config.entropy_weight * (sample_entropy - codebook_entropy)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 class VQModel(nn.Module):
     """The whole tokenizer. Images are float in [-1, 1]; what the decoder returns is not clamped."""
@@ -296,7 +297,7 @@ class VQModel(nn.Module):
         return self.decoder(self.post_quant_conv(zq)), tokens, losses
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 def read_checkpoint(path):
@@ -306,7 +307,8 @@ def read_checkpoint(path):
     `argparse.Namespace`), under "module" (DeepSpeed), under "state_dict", or bare (FSDP).
     """
     try:
-        # weights_only refuses every pickled class but tensors and plain containers. Namespace is a bag of flags.
+        # weights_only refuses every pickled class but tensors and plain containers. Namespace is a bag of
+        # flags.
         with torch.serialization.safe_globals([argparse.Namespace]):
             file = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -316,7 +318,7 @@ def read_checkpoint(path):
     except pickle.UnpicklingError:
         raise InputError(f"{path} is not a checkpoint of weights only, and nothing of it was run: "
                          "it holds pickled code, or is no PyTorch file at all") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:           # torch.load raises almost anything on a damaged or foreign file
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{path} cannot be read as a PyTorch checkpoint ({reason})") from None
     is_weights = lambda d: isinstance(d, dict) and d and all(isinstance(v, torch.Tensor) for v in d.values())
@@ -362,7 +364,7 @@ def load_tokenizer(path, device="cpu"):
     if "quantize.embedding.weight" not in weights:
         raise InputError(f"{path} is not a tokenizer checkpoint: it has no codebook (quantize.embedding.weight)")
     config = VQConfig(**checkpoint["config"]) if "config" in checkpoint else infer_vq_config(weights, path)
-    with torch.device("meta"):                                   # shapes only: no time or memory for a random start
+    with torch.device("meta"):                             # shapes only: no time or memory for a random start
         vq = VQModel(config)
     return fill_weights(vq, weights, path, assign=True).to(device=device, dtype=torch.float32).eval()
 

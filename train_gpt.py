@@ -2,7 +2,7 @@
 
 Shapes: B images, N tokens of an image, K crops per image, V vocabulary, H x W pixels.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2 and 3.2.
-Run:    python train_gpt.py                                        # after train_vq.py; 5 minutes on a laptop
+Run:    python train_gpt.py                                        # after train_vq.py; 6 minutes on a laptop
         python train_gpt.py --data fashion_mnist --minutes 12
 """
 import argparse
@@ -37,7 +37,7 @@ def code_batches(codes, labels, batch_size, seed, start=0, device="cpu"):
         crop = np.random.default_rng((seed, step)).integers(codes.shape[1], size=len(index))
         tokens = torch.from_numpy(codes[index.numpy(), crop].astype(np.int64))
         batch = tokens, labels[index]
-        if device.type == "cuda":                                # pinned memory lets the copy overlap with computing
+        if device.type == "cuda":                         # pinned memory lets the copy overlap with computing
             batch = tuple(t.pin_memory() for t in batch)
         yield tuple(t.to(device, non_blocking=True) for t in batch)
 
@@ -48,8 +48,9 @@ def validation_loss(gpt, codes, labels, device, count=1000, batch_size=100):
     gpt.eval()
     total, count = torch.zeros((), device=device), min(count, len(labels))
     for i in range(0, count, batch_size):
-        tokens = torch.from_numpy(codes[i:i + batch_size][:count - i, 0].astype(np.int64)).to(device)    # (B, N)
-        classes = torch.from_numpy(labels[i:i + batch_size][:count - i]).to(device)                      # (B,)
+        # (B, N)
+        tokens = torch.from_numpy(codes[i:i + batch_size][:count - i, 0].astype(np.int64)).to(device)
+        classes = torch.from_numpy(labels[i:i + batch_size][:count - i]).to(device)                     # (B,)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             total += gpt(tokens[:, :-1], classes, targets=tokens)[1] * len(tokens)
     gpt.train()
@@ -70,7 +71,7 @@ def save_samples(gpt, vq, class_names, device, path, cfg_scale, columns=8, seed=
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_flags(parser, out="out/gpt.pt", minutes=5.0)
+    add_training_flags(parser, out="out/gpt.pt", minutes=6.0)
     parser.add_argument("--vq", default="out/vq.pt", help="the tokenizer: train_vq.py's or a released one")
     group = parser.add_argument_group("model")
     group.add_argument("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
@@ -88,7 +89,7 @@ def get_args(argv=None):
     group.add_argument("--weight-decay", type=float, default=0.05, help="on tensors of 2 and more dimensions")
     group.add_argument("--clip", type=positive(float), default=1.0, help="largest norm of the gradient")
     group.add_argument("--ema", type=float, default=0.995, help="decay of the averaged weights that are saved; 0: off")
-    group.add_argument("--cfg-scale", type=float, default=2.0, help="guidance of the sample grids")
+    group.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the sample grids")
     return parser.parse_args(argv)
 
 
@@ -159,7 +160,7 @@ def main(args):
         if args.ema:
             update_ema(average, gpt, args.ema, step)
         step += 1
-        if step % args.log_every == 0:                           # the only place where the CPU waits for the GPU
+        if step % args.log_every == 0:                        # the only place where the CPU waits for the GPU
             loss = recent.item() / (step - logged_at)
             rate = tokens_per_step * (step - logged_at) / (clock.seconds() - seconds)
             log.write(step=step, seconds=clock.seconds(), loss=loss, lr=lr, tokens_per_second=rate)
@@ -182,7 +183,7 @@ def main(args):
 
     best = average if args.ema else gpt
     nats = validation_loss(best, test_codes, test_labels, device, count=len(test_labels))
-    bits = nats / math.log(2) * N / size ** 2                    # of the tokens: what the tokenizer lost is not in it
+    bits = nats / math.log(2) * N / size ** 2            # of the tokens: what the tokenizer lost is not in it
     log.write(step=step, validation_loss=nats, bits_per_pixel=bits)
     save_samples(best, vq, class_names, device, preview, args.cfg_scale)
     print(f"{step} steps in {minutes:.1f} minutes; over {len(test_labels):,} held-out pictures: "

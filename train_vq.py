@@ -2,7 +2,7 @@
 
 Shapes: B images, H x W pixels, D feature channels, V codebook entries.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.1; LPIPS (Zhang 2018); PatchGAN (Isola 2017); VQGAN (Esser 2021).
-Run:    python train_vq.py                                         # shapes, 3 minutes on a laptop
+Run:    python train_vq.py                                         # shapes, 2.5 minutes on a laptop
         python train_vq.py --data fashion_mnist --minutes 8
 """
 import argparse
@@ -24,7 +24,7 @@ from data import find_file, image_grid, load_data, to_float, to_uint8
 from tokenizer import VQ_SIZES, InputError, VQConfig, VQModel, fill_weights, read_checkpoint
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The perceptual loss
 
 class LPIPS(nn.Module):
@@ -79,12 +79,12 @@ def load_lpips(args):
         vgg = args.vgg or find_file("lpips", "vgg16-397923af.pth", args.data_dir)
         return LPIPS(vgg, args.lpips or find_file("lpips", "vgg.pth", args.data_dir))
     except InputError as error:
-        if args.vgg or args.lpips:                               # asked for by name: a typo must not change the training
+        if args.vgg or args.lpips:                    # asked for by name: a typo must not change the training
             raise
         print(f"LPIPS is off: {error}")
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The adversary
 
 class PatchDiscriminator(nn.Module):
@@ -111,16 +111,16 @@ class PatchDiscriminator(nn.Module):
 
 def discriminator_loss(real, fake, kind="hinge"):
     """What the discriminator minimises, from its logits on real and on reconstructed patches."""
-    if kind == "hinge":                  # max(0, 1 - D(x)) + max(0, 1 + D(y)): indifferent once the margin is kept
+    if kind == "hinge":             # max(0, 1 - D(x)) + max(0, 1 + D(y)): indifferent once the margin is kept
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-    # -log sigmoid(D(x)) - log(1 - sigmoid(D(y))), with softplus(t) = log(1 + e^t) for numerical safety. The vanilla
-    # and the non-saturating game share this half and differ in what the generator minimises.
+    # -log sigmoid(D(x)) - log(1 - sigmoid(D(y))), with softplus(t) = log(1 + e^t) for numerical safety. The
+    # vanilla and the non-saturating game share this half and differ in what the generator minimises.
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
 def generator_loss(fake, kind="hinge"):
     """What the decoder minimises, from the discriminator's logits on its pictures."""
-    if kind == "non-saturating":         # -log sigmoid(D(y)): strong gradients exactly where the decoder is losing
+    if kind == "non-saturating":    # -log sigmoid(D(y)): strong gradients exactly where the decoder is losing
         return F.softplus(-fake).mean()
     return -fake.mean()                  # hinge and vanilla, as in VQGAN
 
@@ -131,7 +131,7 @@ def adaptive_weight(reconstruction_loss, adversarial_loss, last_layer):
     return (length(reconstruction_loss) / (length(adversarial_loss) + 1e-4)).clamp(0, 1e4).detach()
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What both training scripts need; train_gpt.py imports these
 
 def add_training_flags(parser, out, minutes):
@@ -181,7 +181,8 @@ def learning_rate(peak, step, progress, warmup, final=0.02):
     """Warm-up by steps, then a cosine over `progress` (0 at the start, 1 at the end) down to final * peak."""
     if step < warmup:                                            # 1. linear warm-up
         return peak * (step + 1) / warmup
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))  # 2. cosine decay; final = 1 keeps it constant
+    # 2. cosine decay; final = 1 keeps it constant
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return peak * (final + (1 - final) * cosine)
 
 
@@ -197,8 +198,8 @@ class Clock:
 
     def __init__(self, args, seconds=0.0):
         self.args, self.interrupted, self.started = args, False, time.perf_counter() - seconds
-        # Ctrl-C only raises a flag: the step in progress is finished, so what is saved is a whole state. The handler
-        # removes itself, so that a second Ctrl-C stops at once.
+        # Ctrl-C only raises a flag: the step in progress is finished, so what is saved is a whole state. The
+        # handler removes itself, so that a second Ctrl-C stops at once.
         signal.signal(signal.SIGINT, self.interrupt)
 
     def interrupt(self, *_):
@@ -278,7 +279,7 @@ class Log:
         print(json.dumps(rounded), file=self.file)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Measuring a tokenizer
 
 @torch.inference_mode()
@@ -309,23 +310,26 @@ def save_preview(vq, data, device, path, count=16):
     image_grid(to_uint8(both).cpu().numpy(), columns=len(images), row_names=("original", "reconstructed")).save(path)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def restart_dead_codes(vq, counts, images):
-    """Move codebook entries that no picture used (counts == 0) onto latents of the current batch (Jukebox; Dhariwal 2020).
+    """Move codebook entries that no picture used (counts == 0) onto badly served latents of the current batch.
 
-    Without it a short run keeps only the few entries that happened to lie near the first latents.
+    Without it a short run keeps only the few entries that happened to lie near the first latents (Jukebox restarts them
+    at random latents; Dhariwal 2020). The chance of a latent grows with its squared distance to the nearest entry, as
+    in k-means++, or most restarts would land on plain background and split it into codes that mean the same.
     """
     z = F.normalize(vq.encode(images).float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)      # (B N, C)
-    candidates = z[torch.randint(len(z), (len(counts),), device=z.device)]
+    distance = 2 - 2 * (z @ vq.quantize.codes().T).amax(dim=1)                       # |z - e|^2 on the sphere
+    chosen = torch.multinomial(distance.clamp(min=1e-6), len(counts), replacement=True)
     weight = vq.quantize.embedding.weight
-    weight.copy_(torch.where((counts == 0)[:, None], candidates.to(weight.dtype), weight))
+    weight.copy_(torch.where((counts == 0)[:, None], z[chosen].to(weight.dtype), weight))
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_flags(parser, out="out/vq.pt", minutes=3.0)
+    add_training_flags(parser, out="out/vq.pt", minutes=2.5)
     group = parser.add_argument_group("model")
     group.add_argument("--size", default="VQ-tiny", choices=VQ_SIZES, help="a row of VQ_SIZES in tokenizer.py")
     group.add_argument("--image-size", type=positive(int), default=32, help="side of the pictures in pixels")
@@ -337,8 +341,8 @@ def get_args(argv=None):
     group.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up; 0 in the paper")
     group.add_argument("--clip", type=positive(float), default=1.0, help="largest norm of the gradient")
     group.add_argument("--ema", type=float, default=0.995, help="decay of the averaged weights that are saved; 0: off")
-    group.add_argument("--restart-every", type=int, default=20,
-                       help="steps between restarts of unused codebook entries, in the first 70%% of the run; 0: never")
+    group.add_argument("--restart-every", type=int, default=50,
+                       help="steps between restarts of unused codebook entries, in the first 80%% of the run; 0: never")
     group = parser.add_argument_group("losses")
     group.add_argument("--commitment-weight", type=float, default=0.25, help="beta of the commitment loss")
     group.add_argument("--entropy-weight", type=float, default=0.0, help="of the entropy loss on the codes")
@@ -396,14 +400,15 @@ def main(args):
         save_checkpoint(args.out, fresh, model=(average if args.ema else vq).state_dict(), raw=vq.state_dict(),
                         config=asdict(config), optimizer=optimizer.state_dict(), disc=disc.state_dict(),
                         disc_optimizer=disc_optimizer.state_dict(), step=step, seconds=clock.seconds(),
-                        random=random_state(device), image_size=args.image_size, args=vars(args))
+                        since_restart=since_restart, random=random_state(device), args=vars(args))
 
     forward = torch.compile(vq) if args.compile else vq
     preview, log = Path(args.out).with_suffix(".png"), Log(args)
-    used = torch.zeros(config.codebook_size, device=device)      # how often each entry was used since the last look
+    used, since_restart = torch.zeros(2, config.codebook_size, device=device)  # how often each entry was used
     recent, logged_at, fresh = {}, step, state is None
     clock = Clock(args, seconds)
     if state:
+        since_restart += state["since_restart"].to(device)
         restore_random_state(state["random"], device)
     bar = tqdm(total=args.steps, initial=step, unit=" steps")
     batches = train.batches(args.batch_size, args.seed, start=step, device=device)
@@ -445,13 +450,16 @@ def main(args):
             nn.utils.clip_grad_norm_(disc.parameters(), args.clip)
             disc_optimizer.step()
 
-        # 3. Codebook upkeep and statistics. Nothing here waits for the GPU: sums stay on the device until logged.
-        used += torch.bincount(tokens.flatten(), minlength=len(used))
+        # 3. Codebook upkeep and statistics. Nothing here waits for the GPU: sums stay on the device until
+        # logged.
+        counts = torch.bincount(tokens.flatten(), minlength=len(used))
+        used, since_restart = used + counts, since_restart + counts
         step += 1
         for name, value in {**losses, "mse": mse}.items():
             recent[name] = recent.get(name, 0) + value.detach()
-        if args.restart_every and step % args.restart_every == 0 and progress < 0.7:
-            restart_dead_codes(vq, used, images)
+        if args.restart_every and step % args.restart_every == 0 and progress < 0.8:
+            restart_dead_codes(vq, since_restart, images)
+            since_restart.zero_()
         if step % args.log_every == 0:
             means = {name: (value / (step - logged_at)).item() for name, value in recent.items()}
             psnr = 10 * math.log10(4 / means.pop("mse"))         # the range [-1, 1] is 2 wide: peak^2 = 4

@@ -50,7 +50,7 @@ def test_all_words_occur_and_shapes_stay_inside_at_any_size():
     for image, item in zip(images, items):
         rim = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]).astype(float)
         ratio = rim / np.maximum(data.BACKGROUNDS[item["background"]], 1)
-        assert ratio.max() < 1.6, item                           # background times light: nothing of the shape is cut off
+        assert ratio.max() < 1.6, item               # background times light: nothing of the shape is cut off
 
 
 def test_edges_are_antialiased_and_the_light_comes_from_one_side():
@@ -171,7 +171,7 @@ def test_every_mode_becomes_rgb_the_right_way_up(tmp_path):
     transparent.save(tmp_path / "rgba.png")
     turned = Image.fromarray(grey)
     exif = turned.getexif()
-    exif[0x0112] = 6                                             # the camera was held upright: turn by 90 degrees
+    exif[0x0112] = 6                                         # the camera was held upright: turn by 90 degrees
     turned.save(tmp_path / "turned.png", exif=exif)
     read = lambda name: np.asarray(read_image(tmp_path / name))
     for name in ("grey.png", "grey16.png", "palette.gif"):
@@ -192,7 +192,7 @@ def test_crops_have_the_asked_size_for_any_picture(width, height):
 def test_the_centre_crop_of_a_double_size_picture_is_its_box_average():
     pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3)).astype(np.uint8)
     expected = pixels.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
-    assert abs(center_crop(Image.fromarray(pixels), 32) - expected).max() <= 0.5
+    assert abs(center_crop(Image.fromarray(pixels), 32) - expected).max() <= 1         # Pillow rounds after each axis
 
 
 def make_folder(root, count=12, classes=("cat", "dog")):
@@ -267,7 +267,8 @@ def test_codes_are_computed_once_and_again_when_anything_changes(tmp_path, monke
     shapes = ArrayData("shapes", "test", 32, 20)
     codes, labels = load_codes(vq, "a", shapes, tmp_path, "cpu", batch_size=8)
     assert codes.dtype == np.uint16 and codes.shape == (20, 1, 256) and np.array_equal(labels, shapes.labels)
-    expected = tokenize(data.to_float(shapes.images[:8]))        # the same batch size: sums may round differently in another
+    # the same batch size: sums may round differently in another
+    expected = tokenize(data.to_float(shapes.images[:8]))
     assert np.array_equal(codes[:8, 0], expected.numpy())
     assert len(calls) == 3
     load_codes(vq, "a", shapes, tmp_path, "cpu")

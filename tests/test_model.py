@@ -77,12 +77,12 @@ def test_no_tokens_give_the_logits_of_the_first_and_too_many_are_refused():
 
 def test_rope_keeps_lengths_and_depends_on_the_distance_only():
     config = GPTConfig(**SMALL)
-    table = rope_table(config)[1:]                               # 4 x 4 positions, the condition's row left out
+    table = rope_table(config)[1:]                             # 4 x 4 positions, the condition's row left out
     q, k = torch.randn(2, 1, 1, 1, 16)
     turned = lambda x, row, column: apply_rope(x, table[row * 4 + column][None])
     torch.testing.assert_close(turned(q, 2, 3).norm(), q.norm())
     score = lambda a, b: (turned(q, *a) * turned(k, *b)).sum()
-    torch.testing.assert_close(score((0, 1), (1, 3)), score((2, 0), (3, 2)))         # both one down, two right
+    torch.testing.assert_close(score((0, 1), (1, 3)), score((2, 0), (3, 2)))        # both one down, two right
     assert not torch.isclose(score((0, 1), (1, 3)), score((0, 1), (3, 2)))
 
 

@@ -125,7 +125,7 @@ def test_one_decoding_step_compiles_without_graph_breaks_or_recompilation(gpt):
     gpt.step = torch.compile(gpt.step, backend=count, fullgraph=True, dynamic=False)
     for _ in range(2):
         assert torch.equal(generate(gpt, torch.tensor([1, 2]), cfg_scale=2.0, top_k=1), expected)
-    assert len(graphs) == 1                                      # one graph serves all positions and both calls
+    assert len(graphs) == 1                                    # one graph serves all positions and both calls
 
 
 def test_pixels_are_clamped_and_truncated_like_the_released_samplers():

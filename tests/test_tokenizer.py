@@ -33,7 +33,7 @@ def test_released_sizes_have_the_published_number_of_parameters(size, parameters
     with torch.device("meta"):
         vq = VQModel(VQConfig(**VQ_SIZES[size]))
     assert sum(p.numel() for p in vq.parameters()) == parameters
-    assert len(vq.state_dict()) + 1 == entries                   # the released files also hold quantize.codebook_used
+    assert len(vq.state_dict()) + 1 == entries           # the released files also hold quantize.codebook_used
 
 
 def test_the_nearest_code_is_the_one_at_the_smallest_distance():

@@ -210,10 +210,10 @@ def test_both_scripts_leave_a_checkpoint_a_log_and_a_picture(trained):
     assert not list(trained.glob("*.partial"))
 
 
-@pytest.mark.parametrize("script, length", [("vq", 4), ("gpt", 4)])
+@pytest.mark.parametrize("script, length", [("vq", 8), ("gpt", 4)])
 def test_an_interrupted_and_resumed_run_equals_one_that_was_not(trained, tmp_path, monkeypatch, script, length):
     if script == "vq":
-        run = lambda folder, *flags: run_vq(folder, "--steps", "4", "--disc-start", "1", "--restart-every", "1", *flags)
+        run = lambda folder, *flags: run_vq(folder, "--steps", "8", "--disc-start", "1", "--restart-every", "3", *flags)
     else:
         run = lambda folder, *flags: run_gpt(folder, "--steps", "4", "--dropout", "0.1", "--vq", str(trained / "vq.pt"), *flags)
     module = {"vq": train_vq, "gpt": train_gpt}[script]
@@ -222,7 +222,7 @@ def test_an_interrupted_and_resumed_run_equals_one_that_was_not(trained, tmp_pat
 
     class Interrupted(train_vq.Clock):
         def running(self, step):
-            if step == 2:
+            if step == length // 2:
                 signal.raise_signal(signal.SIGINT)               # what Ctrl-C does
             return super().running(step)
 
@@ -230,9 +230,9 @@ def test_an_interrupted_and_resumed_run_equals_one_that_was_not(trained, tmp_pat
         patch.setattr(module, "Clock", Interrupted)
         with pytest.raises(SystemExit, match="--resume"):
             run(tmp_path / "b")
-    assert torch.load(tmp_path / "b" / f"{script}.pt", weights_only=True)["step"] == 2
+    assert torch.load(tmp_path / "b" / f"{script}.pt", weights_only=True)["step"] == length // 2
     resumed = run(tmp_path / "b", "--resume")
-    assert resumed["step"] == whole["step"] == 4
+    assert resumed["step"] == whole["step"] == length
     for part in ("model", "raw"):
         for name in whole[part]:
             assert torch.equal(whole[part][name], resumed[part][name]), (part, name)
