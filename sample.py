@@ -146,8 +146,8 @@ def sample_images(gpt, vq, classes, args, device):
         with torch.inference_mode():
             images[i:i + args.batch_size] = to_uint8(vq.detokenize(tokens)).cpu().numpy()
     seconds = time.perf_counter() - started
-    print(f"{len(images)} images in {seconds:.1f} s on {device}: {len(images) * gpt.config.block_size / seconds:,.0f} tokens/s, "
-          f"{len(images) / seconds:.2f} images/s")
+    print(f"{len(images)} images in {seconds:.1f} s on {device}: "
+          f"{len(images) * gpt.config.block_size / seconds:,.0f} tokens/s, {len(images) / seconds:.2f} images/s")
     return images
 
 
