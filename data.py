@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import math
 import os
+import signal
 import sys
 import tarfile
 import urllib.request
@@ -374,7 +375,8 @@ class FolderData(torch.utils.data.Dataset):
             files += [(path, label) for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes]
         if held_out is None and len(files) > 1:
             files = [file for i, file in enumerate(files) if (i % 20 == 0) == (split == "test")]
-        self.files = files[:n]
+        # n: every so many-th file, because the first n of an ordered list would all be of the first class
+        self.files = [files[i * len(files) // n] for i in range(n)] if n and n < len(files) else files
         if not self.files:
             raise InputError(f"{source} holds no pictures: put them into one sub-folder per class, as in "
                              f"{source / 'cat' / 'photo.jpg'}")
@@ -410,8 +412,10 @@ class FolderData(torch.utils.data.Dataset):
         return i, None if pixels is None else torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
 
     def loader(self, batch_sampler):
+        """A DataLoader with worker processes; they leave Ctrl-C to the main process, which saves before it ends."""
         workers = min(8, os.cpu_count() or 1)
         return torch.utils.data.DataLoader(self, batch_sampler=batch_sampler, num_workers=workers, collate_fn=list,
+                                           worker_init_fn=ignore_interrupts,
                                            pin_memory=torch.cuda.is_available())
 
     def readable(self, samples):
@@ -447,6 +451,10 @@ class FolderData(torch.utils.data.Dataset):
                 labels = torch.tensor([self.files[i][1] for i, _ in samples])
                 yield torch.stack([pixels for _, pixels in samples]), labels
         self.report_broken()
+
+
+def ignore_interrupts(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def load_data(name, split, size=32, n=None, data_dir=None, flip=True):

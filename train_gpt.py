@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data import batch_indices, image_grid, load_codes, load_data, to_uint8
 from model import GPT, GPT_SIZES, GPTConfig
 from sample import generate
-from tokenizer import InputError, load_tokenizer, weights_hash
+from tokenizer import InputError, load_tokenizer, read_checkpoint, weights_hash
 from train_vq import (Clock, Log, add_training_flags, learning_rate, pick_device, positive, random_state,
                       restore_random_state, resume_state, run, save_checkpoint, update_ema)
 
@@ -99,7 +99,7 @@ def main(args):
     torch.manual_seed(args.seed)
     vq = load_tokenizer(args.vq, device)
     vq_hash = weights_hash(vq)
-    size = args.image_size or 32
+    size = args.image_size or read_checkpoint(args.vq).get("image_size", 256)    # 256: a released tokenizer
     if size % vq.config.downsample:
         raise InputError(f"--image-size {size}: {args.vq} makes one token of {vq.config.downsample} x "
                          f"{vq.config.downsample} pixels, so the size has to be a multiple of {vq.config.downsample}")
@@ -164,7 +164,7 @@ def main(args):
             loss = recent.item() / (step - logged_at)
             rate = tokens_per_step * (step - logged_at) / (clock.seconds() - seconds)
             log.write(step=step, seconds=clock.seconds(), loss=loss, lr=lr, tokens_per_second=rate)
-            bar.set_postfix_str(f"loss {loss:.3f} nats/token, {rate:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {loss:.3f} nats/token, {rate:,.0f} tokens/s", refresh=False)
             recent.zero_()
             logged_at, seconds = step, clock.seconds()
         bar.update()

@@ -400,7 +400,7 @@ def main(args):
         save_checkpoint(args.out, fresh, model=(average if args.ema else vq).state_dict(), raw=vq.state_dict(),
                         config=asdict(config), optimizer=optimizer.state_dict(), disc=disc.state_dict(),
                         disc_optimizer=disc_optimizer.state_dict(), step=step, seconds=clock.seconds(),
-                        since_restart=since_restart, random=random_state(device), args=vars(args))
+                        since_restart=since_restart, image_size=args.image_size, random=random_state(device), args=vars(args))
 
     forward = torch.compile(vq) if args.compile else vq
     preview, log = Path(args.out).with_suffix(".png"), Log(args)
@@ -450,10 +450,11 @@ def main(args):
             nn.utils.clip_grad_norm_(disc.parameters(), args.clip)
             disc_optimizer.step()
 
-        # 3. Codebook upkeep and statistics. Nothing here waits for the GPU: sums stay on the device until
-        # logged.
-        counts = torch.bincount(tokens.flatten(), minlength=len(used))
-        used, since_restart = used + counts, since_restart + counts
+        # 3. Codebook upkeep and statistics. Nothing here waits for the GPU (torch.bincount would, to learn how
+        # long its answer has to be): sums stay on the device until they are logged.
+        flat = tokens.flatten()
+        for counts in (used, since_restart):
+            counts.index_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))
         step += 1
         for name, value in {**losses, "mse": mse}.items():
             recent[name] = recent.get(name, 0) + value.detach()
@@ -468,7 +469,7 @@ def main(args):
             log.write(step=step, seconds=clock.seconds(), psnr=psnr, usage=usage, **means,
                       lr=optimizer.param_groups[0]["lr"], images_per_second=rate)
             bar.set_postfix_str(f"PSNR {psnr:.1f} dB, codes {usage:.0%}, {rate:.0f} images/s, "
-                                + ", ".join(f"{name} {value:.3f}" for name, value in means.items() if value))
+                                + ", ".join(f"{name} {value:.3f}" for name, value in means.items() if value), refresh=False)
             used.zero_()
             recent, logged_at, seconds = {}, step, clock.seconds()
         bar.update()

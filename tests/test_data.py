@@ -2,7 +2,6 @@
 import gzip
 import hashlib
 import io
-import sys
 import tarfile
 import urllib.error
 
@@ -207,6 +206,7 @@ def test_a_folder_has_its_classes_in_order_and_holds_out_a_part(tmp_path):
     train, test = (FolderData(tmp_path, split) for split in ("train", "test"))
     assert train.class_names == ["cat", "dog"] and (len(train), len(test)) == (57, 3)
     assert not {path for path, _ in train.files} & {path for path, _ in test.files}
+    assert [label for _, label in FolderData(tmp_path, "train", n=4).files] == [0, 0, 1, 1]
     images, labels = zip(*test.passes(2))
     assert torch.cat(images).shape == (3, 2, 3, 32, 32) and torch.cat(labels).tolist() == [0, 0, 1]
 

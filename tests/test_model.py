@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from model import GPT, GPT_SIZES, GPTConfig, RMSNorm, apply_rope, load_gpt, rope_table
 from tokenizer import InputError

@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 import torch
 
-import sample
 from data import image_grid, to_uint8
 from model import GPT, GPTConfig
 from sample import draw, filter_logits, generate, get_args, main, parse_classes

@@ -238,6 +238,11 @@ def test_an_interrupted_and_resumed_run_equals_one_that_was_not(trained, tmp_pat
             assert torch.equal(whole[part][name], resumed[part][name]), (part, name)
 
 
+def test_the_gpt_takes_the_image_size_from_its_tokenizer(tmp_path):
+    run_vq(tmp_path, "--steps", "1", "--image-size", "48")
+    assert run_gpt(tmp_path, "--steps", "1")["config"]["block_size"] == 144
+
+
 def test_a_new_run_keeps_the_checkpoint_that_was_there(tmp_path):
     first = run_vq(tmp_path, "--steps", "1")
     run_vq(tmp_path, "--steps", "1", "--seed", "5")
