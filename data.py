@@ -35,7 +35,8 @@ DEBIAN = Path("/usr/share/datasets")
 # side
 
 def ngon(n, start=-90, radius=1.0, x=0.0, y=0.0):
-    """The n corners of a regular polygon, (n, 2); start in degrees, -90 is straight up (y grows downwards)."""
+    """The n corners of a regular polygon, (n, 2); start in degrees, -90 is straight
+    up (y grows downwards)."""
     angle = np.deg2rad(start + np.arange(n) * 360 / n)
     return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=1)
 
@@ -52,7 +53,8 @@ def heart():
 
 def cross(arm=0.34):
     a = arm
-    return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a),
+    return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a),
+                     (-1, -a),
                      (-a, -a)])
 
 
@@ -78,11 +80,11 @@ SHAPES_COUNT = {"train": 20_000, "test": 10_000}
 
 
 def shape_attributes(split, index, seed=0):
-    """What picture `index` of a split shows: its words and its continuous parameters, from (seed, split, index) alone.
+    """What picture `index` of a split shows: its words and its continuous parameters, from (seed, split,
+    index) alone.
 
-    The split is part of the key of the random generator, so train and test are different streams, and two pictures
-    differ in position, light direction and light strength even where all their words agree.
-    """
+    The split is part of the key of the random generator, so train and test are different streams, and two
+    pictures differ in position, light direction and light strength even where all their words agree. """
     rng = np.random.default_rng((seed, ("train", "test").index(split), index))
     pick = lambda names: list(names)[rng.integers(len(names))]
     item = dict(kind=pick(KINDS), colour=pick(COLOURS), background=pick(BACKGROUNDS), size=pick(SIZES))
@@ -95,7 +97,8 @@ def shape_attributes(split, index, seed=0):
 
 
 def draw_shapes(split="train", start=0, n=100, size=32, seed=0):
-    """Pictures start .. start+n-1 of a split: images uint8 (n, size, size, 3) and their attributes, a list of n dicts."""
+    """Pictures start .. start+n-1 of a split: images uint8 (n, size, size, 3) and
+    their attributes, a list of n dicts."""
     items = [shape_attributes(split, i, seed) for i in range(start, start + n)]
     images = np.empty((n, size, size, 3), np.uint8)
     axis = np.linspace(-1, 1, size, dtype=np.float32)
@@ -137,7 +140,8 @@ PUBLIC_FILES = {                                                 # (data set, fi
     ("mnist", "train-labels-idx1-ubyte.gz"): (MNIST, "d53e105ee54ea40749a09fcbcd1e9432"),
     ("mnist", "t10k-images-idx3-ubyte.gz"): (MNIST, "9fb629c4189551a2d022fa330f9573f3"),
     ("mnist", "t10k-labels-idx1-ubyte.gz"): (MNIST, "ec29112dd5afa0611ce80d1b7f02629c"),
-    ("cifar10", "cifar-10-binary.tar.gz"): ("https://www.cs.toronto.edu/~kriz/", "c32a1d4ab5d03f1284b67883e8d87530"),
+    ("cifar10", "cifar-10-binary.tar.gz"): ("https://www.cs.toronto.edu/~kriz/",
+                                            "c32a1d4ab5d03f1284b67883e8d87530"),
     # its name holds its sha256
     ("lpips", "vgg16-397923af.pth"): ("https://download.pytorch.org/models/", None),
     ("lpips", "vgg.pth"): ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/",
@@ -146,7 +150,8 @@ PUBLIC_FILES = {                                                 # (data set, fi
 
 
 def find_file(group, name, data_dir=None):
-    """Path of one public file: in data_dir, the cache, Debian's data sets (.gz or not), else downloaded to the cache."""
+    """Path of one public file: in data_dir, the cache, Debian's data sets (.gz or
+    not), else downloaded to the cache."""
     dashed = group.replace("_", "-")
     folders = [Path(data_dir) / sub for sub in ("", group, dashed)] if data_dir else []
     folders += [CACHE / group, DEBIAN / dashed]
@@ -158,7 +163,8 @@ def find_file(group, name, data_dir=None):
 
 
 def download(group, name):
-    """Fetch one public file into the cache folder with a progress bar, check it, and only then give it its name."""
+    """Fetch one public file into the cache folder with a progress bar, check it,
+    and only then give it its name."""
     address, md5 = PUBLIC_FILES[group, name]
     target = CACHE / group / name
     partial = target.with_name(f"{name}.{os.getpid()}.partial")
@@ -166,7 +172,8 @@ def download(group, name):
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = {"md5": hashlib.md5(), "sha256": hashlib.sha256()}
         with urllib.request.urlopen(address + name, timeout=20) as source, open(partial, "wb") as out, \
-                tqdm(total=int(source.headers.get("Content-Length", 0)), unit="B", unit_scale=True, desc=name) as bar:
+                tqdm(total=int(source.headers.get("Content-Length", 0)), unit="B", unit_scale=True,
+                     desc=name) as bar:
             while block := source.read(1 << 20):
                 out.write(block)
                 bar.update(len(block))
@@ -185,21 +192,24 @@ def download(group, name):
 
 
 def read_idx(path):
-    """An IDX file (MNIST's format): 2 zero bytes, type 8 = uint8, number of axes, one big-endian int32 per axis, data."""
+    """An IDX file (MNIST's format): 2 zero bytes, type 8 = uint8, number of axes,
+    one big-endian int32 per axis, data."""
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({error}): delete it and fetch it again") from None
     axes = data[3] if data[:3] == b"\0\0\x08" else 0
-    shape = np.frombuffer(data, ">i4", count=axes, offset=4) if len(data) >= 4 + 4 * axes else np.zeros(0, int)
+    shape = np.frombuffer(data, ">i4", count=axes, offset=4) if len(data) >= 4 + 4 * axes else np.zeros(0,
+                                                                                                        int)
     if axes == 0 or len(data) != 4 + 4 * axes + math.prod(shape.tolist()):
         raise InputError(f"{path} is not a complete IDX file: delete it and fetch it again")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
 def load_idx(name, split, data_dir):
-    """MNIST or Fashion-MNIST: images uint8 (M, 32, 32, 3) from 28 x 28 grey ones with a black rim, labels int64 (M,)."""
+    """MNIST or Fashion-MNIST: images uint8 (M, 32, 32, 3) from 28 x 28 grey ones
+    with a black rim, labels int64 (M,)."""
     part = {"train": "train", "test": "t10k"}[split]
     images = read_idx(find_file(name, f"{part}-images-idx3-ubyte.gz", data_dir))
     labels = read_idx(find_file(name, f"{part}-labels-idx1-ubyte.gz", data_dir))
@@ -210,7 +220,8 @@ def load_idx(name, split, data_dir):
 
 
 def load_cifar10(split, data_dir):
-    """CIFAR-10's binary version: records of 1 label byte and 3 x 32 x 32 pixel bytes. (The python version is a pickle.)"""
+    """CIFAR-10's binary version: records of 1 label byte and 3 x 32 x 32 pixel
+    bytes. (The python version is a pickle.)"""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     folders = [Path(data_dir) / sub for sub in ("", "cifar-10-batches-bin")] if data_dir else []
     unpacked = next((f for f in folders if all((f / name).is_file() for name in names)), None)
@@ -222,7 +233,7 @@ def load_cifar10(split, data_dir):
             with tarfile.open(archive) as tar:
                 raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names)
         except (tarfile.TarError, OSError, EOFError, KeyError, zlib.error) as error:
-            raise InputError(f"{archive} is not CIFAR-10's binary archive ({error}): fetch it again") from None
+            raise InputError(f"{archive} is not CIFAR-10's binary archive ({error})") from None
     if not raw or len(raw) % 3073:
         raise InputError("the CIFAR-10 files are incomplete: fetch cifar-10-binary.tar.gz again")
     records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
@@ -232,19 +243,22 @@ def load_cifar10(split, data_dir):
 
 CLASS_NAMES = {
     "shapes": list(KINDS),
-    "fashion_mnist": ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"],
+    "fashion_mnist": ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+                      "boot"],
     "mnist": [str(digit) for digit in range(10)],
     "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
 }
 
 
 def load_array(name, split="train", n=None, data_dir=None, size=32):
-    """A data set that fits in memory: images uint8 (M, H, W, 3), labels int64 (M,), captions (list of M, or None).
+    """A data set that fits in memory: images uint8 (M, H, W, 3), labels int64 (M,), captions (list of M, or
+    None).
 
-    name: shapes, fashion_mnist, mnist or cifar10. n: only the first n images. size: side in pixels, for shapes.
-    """
+    name: shapes, fashion_mnist, mnist or cifar10. n: only the first n images. size: side in pixels, for
+    shapes. """
     if name not in ARRAY_NAMES:
-        raise InputError(f"unknown data set {name!r}: use one of {', '.join(ARRAY_NAMES)}, or the path of a folder")
+        raise InputError(f"unknown data set {name!r}: use one of {', '.join(ARRAY_NAMES)}, or the path of a "
+                         f"folder")
     if split not in ("train", "test"):
         raise InputError(f"unknown split {split!r}: use train or test")
     if name == "shapes":
@@ -274,7 +288,8 @@ def read_image(path):
 
 
 def shrink(image, target):
-    """Make the shorter side `target` pixels: halve with a box filter while possible, then bicubic (as ADM does)."""
+    """Make the shorter side `target` pixels: halve with a box filter while
+    possible, then bicubic (as ADM does)."""
     while min(image.size) >= 2 * target:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = target / min(image.size)
@@ -301,8 +316,8 @@ def random_crop(image, size, rng, min_share=0.8):
 # Data sets for training
 
 def batch_indices(count, batch_size, seed, start=0):
-    """Endless batches of indices, (B,): a new order every epoch, the same for the same (seed, step), so that a resumed
-    run sees what an uninterrupted one would have seen. `start`: the first step."""
+    """Endless batches of indices, (B,): a new order every epoch, the same for the same (seed, step), so that
+    a resumed run sees what an uninterrupted one would have seen. `start`: the first step."""
     per_epoch = max(count // batch_size, 1)
     epoch, first = divmod(start, per_epoch)
     while True:
@@ -313,7 +328,8 @@ def batch_indices(count, batch_size, seed, start=0):
 
 
 class ArrayData:
-    """A data set held in memory. Indexing is one tensor operation per batch, on the device that holds the pixels."""
+    """A data set held in memory. Indexing is one tensor operation per batch, on the
+    device that holds the pixels."""
 
     def __init__(self, name, split, size=32, n=None, data_dir=None):
         images, labels, self.captions = load_array(name, split, n, data_dir, size)
@@ -346,16 +362,17 @@ def to_float(images):
 
 
 def to_uint8(images):
-    """float -1 .. 1 (B, 3, H, W) -> uint8 (B, H, W, 3): 127.5 x + 128, clamped and truncated, as the released samplers do."""
+    """float -1 .. 1 (B, 3, H, W) -> uint8 (B, H, W, 3): 127.5 x + 128, clamped and
+    truncated, as the released samplers do."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class FolderData(torch.utils.data.Dataset):
-    """Pictures in one sub-folder per class (a folder without sub-folders is one class), read when they are needed.
+    """Pictures in one sub-folder per class (a folder without sub-folders is one class), read when they are
+    needed.
 
-    root/train and root/val (or root/test) are the splits where they exist; else every 20th picture is held out.
-    A file that cannot be read is skipped, and `report_broken` names all of them in one warning.
-    """
+    root/train and root/val (or root/test) are the splits where they exist; else every 20th picture is held
+    out. A file that cannot be read is skipped, and `report_broken` names all of them in one warning. """
 
     def __init__(self, root, split, size=32, n=None, flip=True):
         # crops: the centre, and its mirror image
@@ -363,7 +380,8 @@ class FolderData(torch.utils.data.Dataset):
         self.captions, self.broken = None, set()
         root = Path(root)
         base = root / "train" if (root / "train").is_dir() else root
-        held_out = next((root / name for name in ("val", "test") if base != root and (root / name).is_dir()), None)
+        held_out = next((root / name for name in ("val", "test") if base != root and (root / name).is_dir()),
+                        None)
         folders = [f for f in sorted(base.iterdir()) if f.is_dir() and not f.name.startswith(".")]
         self.class_names = [f.name for f in folders] or [base.resolve().name]
         source = held_out if held_out and split == "test" else base
@@ -382,15 +400,19 @@ class FolderData(torch.utils.data.Dataset):
                              f"{source / 'cat' / 'photo.jpg'}")
         # stops at the first good one
         if all(self.read(i, center_crop) is None for i in range(len(self.files))):
-            raise InputError(f"none of the {len(self.files)} pictures in {source} can be read, the first being "
-                             f"{self.files[0][0].name}: are they complete, and of a format that Pillow knows?")
+            raise InputError(f"none of the {len(self.files)} pictures in {source} can be read, the first "
+                             f"being "
+                             f"{self.files[0][0].name}: are they complete, and of a format that Pillow "
+                             f"knows?")
 
     def __len__(self):
         return len(self.files)
 
     def fingerprint(self):
-        """A hash of every file's path, length and time of change: reading all pixels would take hours for ImageNet."""
-        stats = ((str(path), path.stat().st_size, path.stat().st_mtime_ns, label) for path, label in self.files)
+        """A hash of every file's path, length and time of change: reading all pixels
+        would take hours for ImageNet."""
+        stats = ((str(path), path.stat().st_size, path.stat().st_mtime_ns, label) for path,
+                 label in self.files)
         return hashlib.sha256(repr((self.size, self.crops, list(stats))).encode()).hexdigest()
 
     def read(self, i, crop, *more):
@@ -401,7 +423,8 @@ class FolderData(torch.utils.data.Dataset):
             return None
 
     def __getitem__(self, key):
-        """(i, seed) -> (i, a random crop (3, H, W)) for training; i -> (i, all crops (K, 3, H, W)). None if unreadable."""
+        """(i, seed) -> (i, a random crop (3, H, W)) for training; i -> (i, all crops
+        (K, 3, H, W)). None if unreadable."""
         if isinstance(key, tuple):
             i, rng = key[0], np.random.default_rng(key)
             pixels = self.read(i, random_crop, rng)
@@ -409,12 +432,15 @@ class FolderData(torch.utils.data.Dataset):
         else:
             i, pixels = key, self.read(key, center_crop)
             pixels = pixels if pixels is None else np.stack([pixels, pixels[:, ::-1]][:self.crops])
-        return i, None if pixels is None else torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
+        return i, None if pixels is None else torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1,
+                                                                                                -3)))
 
     def loader(self, batch_sampler):
-        """A DataLoader with worker processes; they leave Ctrl-C to the main process, which saves before it ends."""
+        """A DataLoader with worker processes; they leave Ctrl-C to the main process,
+        which saves before it ends."""
         workers = min(8, os.cpu_count() or 1)
-        return torch.utils.data.DataLoader(self, batch_sampler=batch_sampler, num_workers=workers, collate_fn=list,
+        return torch.utils.data.DataLoader(self, batch_sampler=batch_sampler, num_workers=workers,
+                                           collate_fn=list,
                                            worker_init_fn=ignore_interrupts,
                                            pin_memory=torch.cuda.is_available())
 
@@ -431,7 +457,8 @@ class FolderData(torch.utils.data.Dataset):
                   f"{', '.join(names[:5])}{more}", file=sys.stderr)
 
     def batches(self, batch_size, seed, start=0, device="cpu"):
-        """Endless training batches (B, 3, H, W) in [-1, 1], cropped at random the same way for the same (seed, step)."""
+        """Endless training batches (B, 3, H, W) in [-1, 1], cropped at random the same
+        way for the same (seed, step)."""
         keys = ([(i, seed + step) for i in index.tolist()] for step, index in
                 enumerate(batch_indices(len(self), batch_size, seed, start), start))
         for samples in self.loader(keys):
@@ -473,9 +500,9 @@ def load_data(name, split, size=32, n=None, data_dir=None, flip=True):
 def load_codes(vq, vq_hash, data, folder, device, batch_size=256):
     """The tokens of a whole data set: codes uint16 (M, K, N), memory-mapped from disk, and labels int64 (M,).
 
-    The file's name is a hash of the tokenizer's weights (vq_hash), the data and the crops, so a change of any of them
-    leads to another file and a stale one is never read. It is written under a temporary name and renamed when whole.
-    """
+    The file's name is a hash of the tokenizer's weights (vq_hash), the data and the crops, so a change of any
+    of them leads to another file and a stale one is never read. It is written under a temporary name and
+    renamed when whole. """
     if vq.config.codebook_size > 65536:
         raise InputError(f"a codebook of {vq.config.codebook_size:,} entries: tokens are stored in 16 bits, "
                          "so it may have at most 65,536")
@@ -507,7 +534,8 @@ def load_codes(vq, vq_hash, data, folder, device, batch_size=256):
 # Pictures for people
 
 def image_grid(images, columns, row_names=(), scale=4, gap=2):
-    """A labelled PNG-ready picture of uint8 images (M, H, W, 3), row by row; row_names are written on the left."""
+    """A labelled PNG-ready picture of uint8 images (M, H, W, 3), row by row;
+    row_names are written on the left."""
     M, H, W, _ = images.shape
     scale = max(1, min(scale, 512 // H))
     rows = math.ceil(M / columns)
@@ -528,6 +556,7 @@ if __name__ == "__main__":
     images, items = draw_shapes("train", 0, 40)
     Path("out").mkdir(exist_ok=True)
     image_grid(images, columns=8).save("out/shapes.png")
-    print(f"shapes   {images.shape} {images.dtype}; 40 of {SHAPES_COUNT['train']:,} training pictures -> out/shapes.png")
+    print(f"shapes   {images.shape} {images.dtype}; 40 of {SHAPES_COUNT['train']:,} training pictures -> "
+          f"out/shapes.png")
     for item in items[:4]:
         print(f"         {item['caption']}")

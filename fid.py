@@ -1,7 +1,9 @@
-"""Judge generated images with a small CNN of our own: which share is recognised as the class that was asked for?
+"""Judge generated images with a small CNN of our own: which share is recognised as the class that was asked
+for?
 
-The CNN is trained on the real training pictures, so nothing has to be downloaded. It says whether an image looks like
-its class, not whether the images are varied. (The Inception-based FID of the paper is not part of this file yet.)
+The CNN is trained on the real training pictures, so nothing has to be downloaded. It says whether an image
+looks like its class, not whether the images are varied. (The Inception-based FID of the paper is not part of
+this file yet.)
 
 Shapes: B images, H x W pixels, K classes.
 Run:    python sample.py --npz out/samples.npz
@@ -59,7 +61,8 @@ def train_classifier(data, device, epochs=3, batch_size=64, lr=3e-3, seed=0):
 @torch.inference_mode()
 def predict(net, images, device, batch_size=500):
     """Class ids (M,) for images uint8 (M, 3, H, W)."""
-    return torch.cat([net(to_float(batch.to(device))).argmax(dim=1).cpu() for batch in images.split(batch_size)])
+    batches = (to_float(batch.to(device)) for batch in images.split(batch_size))
+    return torch.cat([net(batch).argmax(dim=1).cpu() for batch in batches])
 
 
 def read_samples(path):
@@ -71,12 +74,14 @@ def read_samples(path):
         raise InputError(f"{path} is not an .npz with arr_0 and label ({error}): write one with "
                          "python sample.py --npz") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
-        raise InputError(f"{path}: arr_0 has to be uint8 (M, H, W, 3) with one label each, not {images.dtype} {images.shape}")
+        raise InputError(f"{path}: arr_0 has to be uint8 (M, H, W, 3) with one label each, not "
+                         f"{images.dtype} {images.shape}")
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ref", choices=ARRAY_NAMES, help="the data set that the classifier learns")
     parser.add_argument("samples", help="an .npz of generated images with their labels")
     parser.add_argument("--data-dir", help="where to look for the data set's files first")
@@ -88,9 +93,11 @@ def get_args(argv=None):
 def main(args):
     device = pick_device(args.device)
     images, labels = read_samples(args.samples)
-    train, test = (ArrayData(args.ref, split, images.shape[-1], args.limit, args.data_dir) for split in ("train", "test"))
+    train, test = (ArrayData(args.ref, split, images.shape[-1], args.limit,
+                             args.data_dir) for split in ("train", "test"))
     if labels.min() < 0 or labels.max() >= len(train.class_names):
-        raise InputError(f"{args.samples} has labels up to {labels.max()}, but {args.ref} has {len(train.class_names)} classes")
+        raise InputError(f"{args.samples} has labels up to {labels.max()}, but {args.ref} has "
+                         f"{len(train.class_names)} classes")
     net = train_classifier(train, device)
     real = (predict(net, test.images, device) == test.labels).float().mean()
     right = (predict(net, images, device) == labels).float()

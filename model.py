@@ -2,9 +2,10 @@
 
     [condition | token 0 | token 1 | ... | token N-2]  ->  logits of tokens 0, 1, ..., N-1
 
-Shapes: B images, T tokens given so far, N = block_size tokens of a whole image, V vocabulary, L condition tokens,
-        S = L + T sequence, D model width, H heads, G key-value heads, d = D / H head width, F feed-forward width,
-        E caption feature width.
+Shapes: B images, T tokens given so far, N = block_size tokens of a whole image, V vocabulary, L condition
+tokens,
+        S = L + T sequence, D model width, H heads, G key-value heads, d = D / H head width, F feed-forward
+        width, E caption feature width.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2. RMSNorm (Zhang 2019), SwiGLU (Shazeer 2020), RoPE (Su 2021).
 Run:    python model.py              # the shapes of one forward pass
 """
@@ -38,9 +39,11 @@ class GPTConfig:
 
     def __post_init__(self):
         if math.isqrt(self.block_size) ** 2 != self.block_size:
-            raise InputError(f"block_size {self.block_size} is not a square: an image is a square grid of tokens")
+            raise InputError(f"block_size {self.block_size} is not a square: an image is a square grid of "
+                             f"tokens")
         if self.dim % self.n_head or self.dim // self.n_head % 4:
-            raise InputError(f"dim {self.dim} over {self.n_head} heads: the head width has to be a multiple of 4, "
+            raise InputError(f"dim {self.dim} over {self.n_head} heads: the head width has to be a multiple "
+                             f"of 4, "
                              "one half for rows and one for columns, each in pairs")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise InputError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
@@ -65,12 +68,12 @@ GPT_SIZES = {                                                    # GPT(GPTConfig
 def rope_table(config, device=None, base=10000.0):
     """Cosine and sine of every position's angles, (L + N, d/2, 2) float32.
 
-    RoPE turns each pair of channels by an angle proportional to the position, so that q.k depends on the distance
-    between the two. In 2D the first half of a head's pairs turns with the row, the second half with the column:
+    RoPE turns each pair of channels by an angle proportional to the position, so that q.k depends on the
+    distance between the two. In 2D the first half of a head's pairs turns with the row, the second half with
+    the column:
         angle(row, pair i) = row * base^(-4 i / d),  i = 0 .. d/4 - 1,  and the same for the column.
-    The condition's L rows are zeros, not the identity: their q and k vanish, so that every image token scores every
-    condition token exactly 0. The released weights were trained like this.
-    """
+    The condition's L rows are zeros, not the identity: their q and k vanish, so that every image token scores
+    every condition token exactly 0. The released weights were trained like this. """
     d = config.dim // config.n_head
     side = math.isqrt(config.block_size)
     frequencies = base ** (-4 * torch.arange(d // 4, dtype=torch.float32, device=device) / d)        # (d/4,)
@@ -105,7 +108,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention; with n_kv_head < n_head, groups of query heads share one key and value head."""
+    """Causal multi-head attention; with n_kv_head < n_head, groups of query heads
+    share one key and value head."""
 
     def __init__(self, config):
         super().__init__()
@@ -131,7 +135,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x). Three matrices instead of two, so F = 2/3 of the usual 4 D, rounded up to 256s."""
+    """SwiGLU: w2(silu(w1 x) * w3 x). Three matrices instead of two, so F = 2/3 of
+    the usual 4 D, rounded up to 256s."""
 
     def __init__(self, config):
         super().__init__()
@@ -146,7 +151,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). No AdaLN: the same block as in a language model."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). No AdaLN: the same
+    block as in a language model."""
 
     def __init__(self, config, drop_path):
         super().__init__()
@@ -157,7 +163,8 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def skip_path(self, x):
-        """Stochastic depth: in training, drop a branch for whole samples, and scale up what stays (Huang 2016)."""
+        """Stochastic depth: in training, drop a branch for whole samples, and scale up
+        what stays (Huang 2016)."""
         if self.drop_path == 0 or not self.training:
             return x
         keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
@@ -199,7 +206,8 @@ class CaptionMLP(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Text features (B, L, E) to L condition tokens. The null caption is random and never trained, as released."""
+    """Text features (B, L, E) to L condition tokens. The null caption is random and
+    never trained, as released."""
 
     def __init__(self, config):
         super().__init__()
@@ -229,7 +237,8 @@ class GPT(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.tok_dropout = nn.Dropout(config.token_dropout)
         depth = max(config.n_layer - 1, 1)
-        self.layers = nn.ModuleList(Block(config, config.drop_path * i / depth) for i in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config,
+                                          config.drop_path * i / depth) for i in range(config.n_layer))
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.rope = rope_table(config)
@@ -249,8 +258,8 @@ class GPT(nn.Module):
     def attention_mask(self, cond_mask):
         """Who may look at whom, bool: causal, and padded condition tokens are seen by nobody but themselves.
 
-        cond_mask (B, L), nonzero = valid, or None. Returns (B, 1, L + N, L + N), or (L + N, L + N) without a mask.
-        """
+        cond_mask (B, L), nonzero = valid, or None. Returns (B, 1, L + N, L + N), or (L + N, L + N) without a
+        mask. """
         total = self.rope.shape[0]
         causal = torch.ones(total, total, dtype=torch.bool, device=self.rope.device).tril()
         if cond_mask is None:
@@ -267,11 +276,12 @@ class GPT(nn.Module):
         cond       (B,) class ids, num_classes is the null class; or (B, L, E) text features
         targets    (B, T + 1), or None for no loss
         cond_mask  (B, L), nonzero = valid, padding on the left; None = all valid
-        Returns logits (B, T + 1, V), position t predicting token t, and the mean loss in nats per token, or None.
-        """
+        Returns logits (B, T + 1, V), position t predicting token t, and the mean loss in nats per token, or
+        None. """
         L, T = self.config.cls_token_num, tokens.shape[1]
         if T >= self.config.block_size:
-            raise InputError(f"{T} tokens given, but an image has {self.config.block_size}: pass at most all but the last")
+            raise InputError(f"{T} tokens given, but an image has {self.config.block_size}: pass at most "
+                             f"all but the last")
         x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (B, S, D)
         mask = None if cond_mask is None else self.attention_mask(cond_mask)[..., :L + T, :L + T]
         x = self.tok_dropout(x)
@@ -287,18 +297,22 @@ class GPT(nn.Module):
     # Decoding with a cache: `start` once, then `step` for every further token. sample.py drives them.
 
     def new_cache(self, rows):
-        """Keys and values of every layer for `rows` sequences, zeros: a list of (k, v), each (rows, G, L + N, d)."""
-        shape = (rows, self.layers[0].attention.n_kv_head, self.rope.shape[0], self.layers[0].attention.head_dim)
+        """Keys and values of every layer for `rows` sequences, zeros: a list of (k, v),
+        each (rows, G, L + N, d)."""
+        shape = (rows, self.layers[0].attention.n_kv_head, self.rope.shape[0],
+                 self.layers[0].attention.head_dim)
         new = lambda: torch.zeros(shape, dtype=self.output.weight.dtype, device=self.output.weight.device)
         return [(new(), new()) for _ in self.layers]
 
     def start(self, tokens, cond, mask, cache):
-        """Run the condition and the given tokens (B, T) at once and fill the cache; logits (B, V) of token T."""
+        """Run the condition and the given tokens (B, T) at once and fill the cache;
+        logits (B, V) of token T."""
         x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (B, S, D)
         return self.advance(x, torch.arange(x.shape[1], device=x.device), mask, cache)
 
     def step(self, token, position, mask, cache):
-        """Run one token (B,) at sequence position L + its index, a tensor (1,); logits (B, V) of the next token."""
+        """Run one token (B,) at sequence position L + its index, a tensor (1,); logits
+        (B, V) of the next token."""
         return self.advance(self.tok_embeddings(token)[:, None], position, mask, cache)
 
     def advance(self, x, position, mask, cache):
@@ -312,14 +326,16 @@ class GPT(nn.Module):
 # Checkpoints
 
 def infer_gpt_config(weights, image_size, path):
-    """The configuration of a released GPT from the shapes of its tensors; n_head, which no shape shows, from GPT_SIZES."""
+    """The configuration of a released GPT from the shapes of its tensors; n_head,
+    which no shape shows, from GPT_SIZES."""
     vocab_size, dim = weights["tok_embeddings.weight"].shape
     n_layer = sum(name.endswith(".attention.wqkv.weight") for name in weights)
     n_head = {(s["n_layer"], s["dim"]): s["n_head"] for s in GPT_SIZES.values()}.get((n_layer, dim))
     if n_head is None:
         raise InputError(f"{path} fits no known size: found {n_layer} layers of width {dim}; "
                          f"known are {', '.join(GPT_SIZES)}")
-    config = dict(dim=dim, n_layer=n_layer, n_head=n_head, vocab_size=vocab_size, block_size=(image_size // 16) ** 2)
+    config = dict(dim=dim, n_layer=n_layer, n_head=n_head, vocab_size=vocab_size,
+                  block_size=(image_size // 16) ** 2)
     kv_rows = weights["layers.0.attention.wqkv.weight"].shape[0] - dim
     config["n_kv_head"] = kv_rows // (2 * dim // n_head)
     if "cls_embedding.uncond_embedding" in weights:
@@ -346,11 +362,11 @@ def gpt_from_checkpoint(checkpoint, path, image_size=None, device="cpu", dtype=t
 
 
 def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32):
-    """A GPT in eval mode from this project's checkpoint or from a released file (c2i_L_384.pt, t2i_XL_stage1_256.pt, ...).
+    """A GPT in eval mode from this project's checkpoint or from a released file (c2i_L_384.pt,
+    t2i_XL_stage1_256.pt, ...).
 
-    image_size: pixels; for released files, whose grid is image_size // 16 on a side (None: 256). This project's own
-    checkpoints know their grid.
-    """
+    image_size: pixels; for released files, whose grid is image_size // 16 on a side (None: 256). This
+    project's own checkpoints know their grid. """
     return gpt_from_checkpoint(read_checkpoint(path), path, image_size, device, dtype)
 
 
@@ -364,4 +380,5 @@ if __name__ == "__main__":
     print(f"condition  {tuple(gpt.cls_embedding(cond).shape)}, classes {cond.tolist()}; 10 is the null class")
     print(f"RoPE       {tuple(gpt.rope.shape)}, the first {config.cls_token_num} row(s) zero")
     print(f"logits     {tuple(logits.shape)}")
-    print(f"loss       {loss:.4f} nats per token; ln 512 = {math.log(512):.4f}, all tokens are alike at the start")
+    print(f"loss       {loss:.4f} nats per token; ln 512 = {math.log(512):.4f}, all tokens are alike at the "
+          f"start")

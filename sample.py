@@ -1,9 +1,10 @@
 """Sampling: tokens one after another with a key-value cache and classifier-free guidance, then pixels.
 
-Shapes: B images, R rows of the batch (B, or 2 B with guidance), N tokens of an image, V vocabulary, P given tokens,
+Shapes: B images, R rows of the batch (B, or 2 B with guidance), N tokens of an image, V vocabulary, P given
+tokens,
         L condition tokens.
-Paper:  LlamaGen (arXiv 2406.06525) section 2.2; guidance: Ho & Salimans 2022; guidance interval: Kynkaanniemi 2024;
-        top-p: Holtzman 2020.
+Paper:  LlamaGen (arXiv 2406.06525) section 2.2; guidance: Ho & Salimans 2022;
+        guidance interval: Kynkaanniemi 2024; top-p: Holtzman 2020.
 Run:    python sample.py             # a labelled grid of the model that train_gpt.py left in out/
 """
 import argparse
@@ -23,10 +24,11 @@ from train_vq import pick_device, positive, run
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
-    """Keep the top_k largest logits, and of those the most probable ones that reach top_p together; the rest is -inf.
+    """Keep the top_k largest logits, and of those the most probable ones that reach top_p together; the rest
+    is -inf.
 
-    logits (B, V). Ties with the k-th largest stay; the token that crosses top_p stays. 0 and 1.0 switch them off.
-    """
+    logits (B, V). Ties with the k-th largest stay; the token that crosses top_p stays. 0 and 1.0 switch them
+    off. """
     V = logits.shape[-1]
     if 0 < top_k < V:
         values, order = logits.topk(top_k)
@@ -57,7 +59,7 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
     """Sample whole images as tokens, (B, N) int64.
 
     cond           (B,) class ids, or (B, L, E) text features with cond_mask (B, L), padding on the left
-    cfg_scale      s in  logits = uncond + s (cond - uncond); 1: no guidance and no second row, 0: unconditional
+    cfg_scale      s in  logits = uncond + s (cond - uncond); 1: no guidance, no second row; 0: unconditional
     cfg_interval   i > -1: only tokens 0 .. i+1 are guided; -1: all are
     temperature    divides the logits; 0, like top_k = 1, takes the most likely token
     top_k, top_p   see filter_logits
@@ -111,7 +113,8 @@ def parse_classes(text, class_names):
             classes.append(int(word))
         else:
             some = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
-            raise InputError(f"--classes {word!r}: use numbers from 0 to {len(class_names) - 1}, or names: {some}")
+            raise InputError(f"--classes {word!r}: use numbers from 0 to {len(class_names) - 1}, or names: "
+                             f"{some}")
     return classes
 
 
@@ -124,10 +127,12 @@ def load_models(args, device):
         raise InputError(f"{args.gpt} is conditioned on text: this command samples class-conditional models")
     vq = load_tokenizer(args.vq, device)
     if vq.config.codebook_size != gpt.config.vocab_size:
-        raise InputError(f"{args.gpt} and {args.vq} do not belong together: the GPT predicts {gpt.config.vocab_size:,} "
+        raise InputError(f"{args.gpt} and {args.vq} do not belong together: the GPT predicts "
+                         f"{gpt.config.vocab_size:,} "
                          f"tokens, the codebook has {vq.config.codebook_size:,} entries")
     if "vq_hash" in checkpoint and checkpoint["vq_hash"] != weights_hash(vq):
-        raise InputError(f"{args.gpt} and {args.vq} do not belong together: the GPT was trained on the tokens of another "
+        raise InputError(f"{args.gpt} and {args.vq} do not belong together: the GPT was trained on the "
+                         f"tokens of another "
                          "tokenizer. Pass that one as --vq, or run train_gpt.py again")
     names = checkpoint.get("class_names") or [str(i) for i in range(gpt.config.num_classes)]
     return gpt, vq, names
@@ -141,13 +146,15 @@ def sample_images(gpt, vq, classes, args, device):
     images = np.empty((len(classes), side, side, 3), np.uint8)
     started = time.perf_counter()
     for i in tqdm(range(0, len(classes), args.batch_size), desc="sampling", unit=" batches"):
-        tokens = generate(gpt, classes[i:i + args.batch_size], None, args.cfg_scale, args.cfg_interval, args.temperature,
+        tokens = generate(gpt, classes[i:i + args.batch_size], None, args.cfg_scale, args.cfg_interval,
+                          args.temperature,
                           args.top_k, args.top_p, generator=generator)
         with torch.inference_mode():
             images[i:i + args.batch_size] = to_uint8(vq.detokenize(tokens)).cpu().numpy()
     seconds = time.perf_counter() - started
     print(f"{len(images)} images in {seconds:.1f} s on {device}: "
-          f"{len(images) * gpt.config.block_size / seconds:,.0f} tokens/s, {len(images) / seconds:.2f} images/s")
+          f"{len(images) * gpt.config.block_size / seconds:,.0f} tokens/s, {len(images) / seconds:.2f} "
+          f"images/s")
     return images
 
 
@@ -161,27 +168,36 @@ def save_npz(path, images, labels):
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("models")
     group.add_argument("--gpt", default="out/gpt.pt", help="train_gpt.py's checkpoint or a released one")
     group.add_argument("--vq", default="out/vq.pt", help="the tokenizer that the GPT was trained with")
-    group.add_argument("--image-size", type=positive(int), help="released GPTs only: pixels of its grid, 256 if left out")
+    group.add_argument("--image-size", type=positive(int),
+                       help="released GPTs only: pixels of its grid, 256 if left out")
     group = parser.add_argument_group("what to draw")
-    group.add_argument("--classes", help="ids or names, separated by commas: one row each; all (at most ten) if left out")
+    group.add_argument("--classes",
+                       help="ids or names, separated by commas: one row each; all (at most ten) if left out")
     group.add_argument("--per-class", type=positive(int), default=8, help="pictures per row")
     group.add_argument("--out", default="out/samples.png", help="the labelled grid")
-    group.add_argument("--npz", help="instead of a grid, write --num-samples pictures for fid.py, balanced over classes")
+    group.add_argument("--npz", help="instead of a grid, write --num-samples pictures for fid.py, balanced "
+                                     "over classes")
     group.add_argument("--num-samples", type=positive(int), default=1000, help="pictures in the --npz")
     group = parser.add_argument_group("how to sample")
     group.add_argument("--cfg-scale", type=float, default=3.0, help="guidance; 1: none, 0: unconditional")
     group.add_argument("--cfg-interval", type=int, default=-1, help="i: guide tokens 0 to i+1 only; -1: all")
-    group.add_argument("--temperature", type=float, default=0.6, help="below 1: less varied; 0: the likeliest token")
+    group.add_argument("--temperature", type=float, default=0.6,
+                       help="below 1: less varied; 0: the likeliest token")
     group.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
-    group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that make up this share")
-    group.add_argument("--batch-size", type=positive(int), default=100, help="pictures drawn at the same time")
-    group.add_argument("--seed", type=int, default=0, help="same seed, same pictures (on the same kind of device)")
+    group.add_argument("--top-p", type=float, default=1.0,
+                       help="draw from the likeliest tokens that make up this share")
+    group.add_argument("--batch-size", type=positive(int), default=100,
+                       help="pictures drawn at the same time")
+    group.add_argument("--seed", type=int, default=0,
+                       help="same seed, same pictures (on the same kind of device)")
     group.add_argument("--device", help="cuda, mps or cpu; the best one present if left out")
-    group.add_argument("--compile", action="store_true", help="torch.compile one decoding step: slow start, faster steps")
+    group.add_argument("--compile", action="store_true",
+                       help="torch.compile one decoding step: slow start, faster steps")
     args = parser.parse_args(argv)
     if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("--temperature and --top-k have to be 0 or more, --top-p above 0 and at most 1")

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 
 class InputError(ValueError):
-    """The user gave something unusable. The message says what and what to do; commands print it as one line."""
+    """The user gave something unusable. The message says what and what to do;
+    commands print it as one line."""
 
 
 @dataclass
@@ -44,7 +45,8 @@ class VQConfig:
 
 
 VQ_SIZES = {                                                     # VQModel(VQConfig(**VQ_SIZES["VQ-16"]))
-    "VQ-tiny": dict(codebook_size=512, ch=32, ch_mult=(1, 1, 2), z_channels=64, num_res_blocks=1, norm_groups=8),
+    "VQ-tiny": dict(codebook_size=512, ch=32, ch_mult=(1, 1, 2), z_channels=64, num_res_blocks=1,
+                    norm_groups=8),
     "VQ-8":  dict(ch_mult=(1, 2, 2, 4)),                         # 70M
     "VQ-16": dict(ch_mult=(1, 1, 2, 2, 4)),                      # 72M
 }
@@ -54,8 +56,8 @@ VQ_SIZES = {                                                     # VQModel(VQCon
 # Building blocks of the encoder and the decoder. Attribute names are those of the released weights.
 
 def group_norm(config, channels):
-    """The released tokenizers have 32 groups of at least 4 channels. VQ-tiny keeps the 4 and has fewer groups: with one
-    channel per group a norm would erase the mean colour of a picture."""
+    """The released tokenizers have 32 groups of at least 4 channels. VQ-tiny keeps the 4 and has fewer
+    groups: with one channel per group a norm would erase the mean colour of a picture."""
     return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
 
 
@@ -121,7 +123,8 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """All blocks at one resolution: residual blocks, each followed by attention if asked for, then a resize."""
+    """All blocks at one resolution: residual blocks, each followed by attention if
+    asked for, then a resize."""
 
     def __init__(self, config, c_in, c_out, attention, resize, n_blocks):
         super().__init__()
@@ -243,8 +246,8 @@ class VectorQuantizer(nn.Module):
     def entropy_loss(self, z, codes, temperature=0.01):
         """E[H(p(code | z))] - H(E[p(code | z)]): each vector sure of its code, all codes equally popular.
 
-        p = softmax of the negative squared distances over the temperature (MaskGIT's tokenizer loss; Chang 2022).
-        """
+        p = softmax of the negative squared distances over the temperature (MaskGIT's tokenizer loss; Chang
+        2022). """
         if self.config.entropy_weight == 0:
             return z.new_zeros(())
         log_p = F.log_softmax(2 * (z @ codes.T).flatten(0, 1) / temperature, dim=-1)         # (B N, V)
@@ -273,7 +276,8 @@ class VQModel(nn.Module):
         """images (B, 3, H, W) -> latents before quantization (B, C, h, w)."""
         f = self.config.downsample
         if images.shape[-2] % f or images.shape[-1] % f:
-            raise InputError(f"images are {images.shape[-1]}x{images.shape[-2]} pixels, but this tokenizer makes "
+            raise InputError(f"images are {images.shape[-1]}x{images.shape[-2]} pixels, but this tokenizer "
+                             f"makes "
                              f"one token of {f}x{f}: use a width and a height divisible by {f}")
         return self.quant_conv(self.encoder(images))
 
@@ -327,11 +331,13 @@ def read_checkpoint(path):
             return {**file, "model": file[key]}
     if is_weights(file):
         return {"model": file}
-    raise InputError(f"{path} holds no weights: expected a state dict, or one under model, module or state_dict")
+    raise InputError(f"{path} holds no weights: expected a state dict, or one under model, module or "
+                     f"state_dict")
 
 
 def fill_weights(model, weights, path, assign=False):
-    """Put `weights` into `model`, copied or taken over as they are (assign); every name and shape has to fit."""
+    """Put `weights` into `model`, copied or taken over as they are (assign); every
+    name and shape has to fit."""
     try:
         model.load_state_dict(weights, strict=True, assign=assign)
     except RuntimeError as error:
@@ -362,7 +368,8 @@ def load_tokenizer(path, device="cpu"):
     checkpoint = read_checkpoint(path)
     weights = {name: w for name, w in checkpoint["model"].items() if name != "quantize.codebook_used"}
     if "quantize.embedding.weight" not in weights:
-        raise InputError(f"{path} is not a tokenizer checkpoint: it has no codebook (quantize.embedding.weight)")
+        raise InputError(f"{path} is not a tokenizer checkpoint: it has no codebook "
+                         f"(quantize.embedding.weight)")
     config = VQConfig(**checkpoint["config"]) if "config" in checkpoint else infer_vq_config(weights, path)
     with torch.device("meta"):                             # shapes only: no time or memory for a random start
         vq = VQModel(config)

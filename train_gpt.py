@@ -31,7 +31,8 @@ def parameter_groups(gpt, weight_decay):
 
 
 def code_batches(codes, labels, batch_size, seed, start=0, device="cpu"):
-    """Endless batches of tokens (B, N) int64 and labels (B,), one random crop of each picture. No Python per picture."""
+    """Endless batches of tokens (B, N) int64 and labels (B,), one random crop of
+    each picture. No Python per picture."""
     labels = torch.from_numpy(labels)
     for step, index in enumerate(batch_indices(len(labels), batch_size, seed, start), start):
         crop = np.random.default_rng((seed, step)).integers(codes.shape[1], size=len(index))
@@ -70,25 +71,34 @@ def save_samples(gpt, vq, class_names, device, path, cfg_scale, columns=8, seed=
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_flags(parser, out="out/gpt.pt", minutes=6.0)
     parser.add_argument("--vq", default="out/vq.pt", help="the tokenizer: train_vq.py's or a released one")
     group = parser.add_argument_group("model")
     group.add_argument("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
-    group.add_argument("--image-size", type=positive(int), help="side of the pictures; the tokenizer's own if left out")
+    group.add_argument("--image-size", type=positive(int),
+                       help="side of the pictures; the tokenizer's own if left out")
     group.add_argument("--dropout", type=float, default=0.0,
                        help="on embeddings, attention output and feed-forward; 0.1 in the paper")
-    group.add_argument("--class-dropout", type=float, default=0.1, help="share of classes replaced by the null class")
-    group.add_argument("--drop-path", type=float, default=0.0, help="stochastic depth; with it --dropout 0 is usual")
+    group.add_argument("--class-dropout", type=float, default=0.1,
+                       help="share of classes replaced by the null class")
+    group.add_argument("--drop-path", type=float, default=0.0,
+                       help="stochastic depth; with it --dropout 0 is usual")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=positive(int), default=16, help="pictures per step; 256 in the paper")
-    group.add_argument("--grad-accum", type=positive(int), default=1, help="batches whose gradients make one step")
-    group.add_argument("--lr", type=positive(float), default=3e-3, help="peak learning rate; 1e-4 in the paper")
-    group.add_argument("--lr-final", type=float, default=0.02, help="end of the cosine as a share of --lr; 1: constant")
+    group.add_argument("--batch-size", type=positive(int), default=16,
+                       help="pictures per step; 256 in the paper")
+    group.add_argument("--grad-accum", type=positive(int), default=1,
+                       help="batches whose gradients make one step")
+    group.add_argument("--lr", type=positive(float), default=3e-3,
+                       help="peak learning rate; 1e-4 in the paper")
+    group.add_argument("--lr-final", type=float, default=0.02,
+                       help="end of the cosine as a share of --lr; 1: constant")
     group.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up; 0 in the paper")
     group.add_argument("--weight-decay", type=float, default=0.05, help="on tensors of 2 and more dimensions")
     group.add_argument("--clip", type=positive(float), default=1.0, help="largest norm of the gradient")
-    group.add_argument("--ema", type=float, default=0.995, help="decay of the averaged weights that are saved; 0: off")
+    group.add_argument("--ema", type=float, default=0.995,
+                       help="decay of the averaged weights that are saved; 0: off")
     group.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the sample grids")
     return parser.parse_args(argv)
 
@@ -102,8 +112,10 @@ def main(args):
     size = args.image_size or read_checkpoint(args.vq).get("image_size", 256)    # 256: a released tokenizer
     if size % vq.config.downsample:
         raise InputError(f"--image-size {size}: {args.vq} makes one token of {vq.config.downsample} x "
-                         f"{vq.config.downsample} pixels, so the size has to be a multiple of {vq.config.downsample}")
-    splits = {split: load_data(args.data, split, size, args.limit, args.data_dir) for split in ("train", "test")}
+                         f"{vq.config.downsample} pixels, so the size has to be a multiple of "
+                         f"{vq.config.downsample}")
+    splits = {split: load_data(args.data, split, size, args.limit, args.data_dir) for split in ("train",
+                                                                                                "test")}
     class_names = splits["train"].class_names
     (codes, labels), (test_codes, test_labels) = (
         load_codes(vq, vq_hash, data, Path(args.out).parent / "codes", device) for data in splits.values())
@@ -114,7 +126,8 @@ def main(args):
                        num_classes=len(class_names), token_dropout=args.dropout, resid_dropout=args.dropout,
                        ffn_dropout=args.dropout, class_dropout=args.class_dropout, drop_path=args.drop_path)
     if state and (state["config"], state["vq_hash"]) != (asdict(config), vq_hash):
-        raise InputError(f"{args.out} was trained with other settings or another tokenizer: resume with that run's flags")
+        raise InputError(f"{args.out} was trained with other settings or another tokenizer: resume with "
+                         f"that run's flags")
 
     gpt, average = GPT(config).to(device), GPT(config).to(device)
     average.load_state_dict(gpt.state_dict())
@@ -128,13 +141,16 @@ def main(args):
         gpt.load_state_dict(state["raw"])
         optimizer.load_state_dict(state["optimizer"])
     tokens_per_step = args.batch_size * args.grad_accum * N
-    print(f"GPT {args.size}: {sum(p.numel() for p in gpt.parameters()):,} parameters on {device}; {len(labels):,} pictures "
+    print(f"GPT {args.size}: {sum(p.numel() for p in gpt.parameters()):,} parameters on {device}; "
+          f"{len(labels):,} pictures "
           f"of {N} tokens in {len(class_names)} classes; {tokens_per_step:,} tokens per step")
 
     def save(fresh=False):
-        save_checkpoint(args.out, fresh, model=(average if args.ema else gpt).state_dict(), raw=gpt.state_dict(),
-                        config=asdict(config), optimizer=optimizer.state_dict(), step=step, seconds=clock.seconds(),
-                        random=random_state(device), class_names=class_names, vq_hash=vq_hash, args=vars(args))
+        best = average if args.ema else gpt
+        save_checkpoint(args.out, fresh, model=best.state_dict(), raw=gpt.state_dict(), config=asdict(config),
+                        optimizer=optimizer.state_dict(), step=step, seconds=clock.seconds(),
+                        random=random_state(device), class_names=class_names, vq_hash=vq_hash,
+                        args=vars(args))
 
     forward = torch.compile(gpt) if args.compile else gpt
     preview, log = Path(args.out).with_suffix(".png"), Log(args)
@@ -187,7 +203,8 @@ def main(args):
     log.write(step=step, validation_loss=nats, bits_per_pixel=bits)
     save_samples(best, vq, class_names, device, preview, args.cfg_scale)
     print(f"{step} steps in {minutes:.1f} minutes; over {len(test_labels):,} held-out pictures: "
-          f"{nats:.4f} nats per token, {bits:.4f} bits per pixel (ln {config.vocab_size} = {math.log(config.vocab_size):.2f})")
+          f"{nats:.4f} nats per token, {bits:.4f} bits per pixel (ln {config.vocab_size} = "
+          f"{math.log(config.vocab_size):.2f})")
     print(f"wrote {args.out} and {preview}")
 
 

@@ -1,7 +1,8 @@
 """Train the image tokenizer: L2 + LPIPS + PatchGAN on the picture, codebook and commitment loss on the codes.
 
 Shapes: B images, H x W pixels, D feature channels, V codebook entries.
-Paper:  LlamaGen (arXiv 2406.06525) section 2.1; LPIPS (Zhang 2018); PatchGAN (Isola 2017); VQGAN (Esser 2021).
+Paper:  LlamaGen (arXiv 2406.06525) section 2.1; LPIPS (Zhang 2018); PatchGAN (Isola 2017);
+        VQGAN (Esser 2021).
 Run:    python train_vq.py                                         # shapes, 2.5 minutes on a laptop
         python train_vq.py --data fashion_mnist --minutes 8
 """
@@ -28,7 +29,8 @@ from tokenizer import VQ_SIZES, InputError, VQConfig, VQModel, fill_weights, rea
 # The perceptual loss
 
 class LPIPS(nn.Module):
-    """Distance of two pictures as VGG16 sees them: squared differences of normalised features, weighted per channel.
+    """Distance of two pictures as VGG16 sees them: squared differences of normalised features, weighted per
+    channel.
 
     Zhang 2018 eq. 1:  d(a, b) = sum over taps l of the mean over h, w of  w_l . (a_l - b_l)^2
     Frozen and in eval mode; gradients reach the pictures.
@@ -38,7 +40,8 @@ class LPIPS(nn.Module):
     def __init__(self, vgg_path, lin_path):
         super().__init__()
         layers, c_in = [], 3
-        for width in (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512):
+        for width in (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512,
+                      512, 512):
             if width == "pool":
                 layers.append(nn.MaxPool2d(2))
             else:
@@ -51,7 +54,8 @@ class LPIPS(nn.Module):
         for i, tap in enumerate(self.TAPS):
             head = heads.get(f"lin{i}.model.1.weight")
             if head is None or head.shape != (1, self.features[tap - 1].out_channels, 1, 1):
-                raise InputError(f"{lin_path} is not LPIPS v0.1's vgg.pth: lin{i}.model.1.weight is missing or misshapen")
+                raise InputError(f"{lin_path} is not LPIPS v0.1's vgg.pth: lin{i}.model.1.weight is missing "
+                                 f"or misshapen")
             self.register_buffer(f"lin{i}", head.float())
         # LPIPS wants ImageNet's mean and deviation, expressed for pictures in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
@@ -72,7 +76,8 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(args):
-    """LPIPS from --vgg and --lpips, the cache or the network; None, with one line why, if its weights cannot be had."""
+    """LPIPS from --vgg and --lpips, the cache or the network; None, with one line
+    why, if its weights cannot be had."""
     if args.lpips_weight == 0:
         return None
     try:
@@ -126,7 +131,8 @@ def generator_loss(fake, kind="hinge"):
 
 
 def adaptive_weight(reconstruction_loss, adversarial_loss, last_layer):
-    """VQGAN eq. 7: scale the adversary so that its gradient at the last layer is as long as the reconstruction's."""
+    """VQGAN eq. 7: scale the adversary so that its gradient at the last layer is as
+    long as the reconstruction's."""
     length = lambda loss: torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
     return (length(reconstruction_loss) / (length(adversarial_loss) + 1e-4)).clamp(0, 1e4).detach()
 
@@ -137,9 +143,11 @@ def adaptive_weight(reconstruction_loss, adversarial_loss, last_layer):
 def add_training_flags(parser, out, minutes):
     """The flags that train_vq.py and train_gpt.py share."""
     group = parser.add_argument_group("data and files")
-    group.add_argument("--data", default="shapes", help="shapes, fashion_mnist, mnist, cifar10, or a folder of pictures")
+    group.add_argument("--data", default="shapes",
+                       help="shapes, fashion_mnist, mnist, cifar10, or a folder of pictures")
     group.add_argument("--data-dir", help="where to look for the data set's files first")
-    group.add_argument("--limit", type=positive(int), help="use only the first so many pictures of each split")
+    group.add_argument("--limit", type=positive(int),
+                       help="use only the first so many pictures of each split")
     group.add_argument("--out", default=out, help="the checkpoint; its log and preview are written beside it")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     group = parser.add_argument_group("how long and where")
@@ -148,9 +156,12 @@ def add_training_flags(parser, out, minutes):
                         help="train this long, the learning rate fitted to it")
     length.add_argument("--steps", type=positive(int), help="train for this many steps instead")
     group.add_argument("--device", help="cuda, mps or cpu; the best one present if left out")
-    group.add_argument("--seed", type=int, default=0, help="of the weights, the order of the data and the dropout")
-    group.add_argument("--compile", action="store_true", help="torch.compile the training step: slow start, faster steps")
-    group.add_argument("--eval-every", type=positive(int), default=500, help="steps between preview and checkpoint")
+    group.add_argument("--seed", type=int, default=0,
+                       help="of the weights, the order of the data and the dropout")
+    group.add_argument("--compile", action="store_true",
+                       help="torch.compile the training step: slow start, faster steps")
+    group.add_argument("--eval-every", type=positive(int), default=500,
+                       help="steps between preview and checkpoint")
     group.add_argument("--log-every", type=positive(int), default=20, help="steps between lines of the log")
 
 
@@ -188,7 +199,8 @@ def learning_rate(peak, step, progress, warmup, final=0.02):
 
 @torch.no_grad()
 def update_ema(average, model, decay, step):
-    """average <- d average + (1 - d) model, with a smaller d in the first steps, when the average is still young."""
+    """average <- d average + (1 - d) model, with a smaller d in the first steps,
+    when the average is still young."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - d)
 
@@ -220,7 +232,8 @@ class Clock:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.interrupted:
             flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
-            sys.exit(f"interrupted; all is saved. Go on with: {' '.join(['python', script, *flags, '--resume'])}")
+            sys.exit(f"interrupted; all is saved. Go on with: "
+                     f"{' '.join(['python', script, *flags, '--resume'])}")
 
 
 def save_checkpoint(path, fresh=False, **contents):
@@ -248,7 +261,10 @@ def run(main, get_args):
 
 
 def random_state(device):
-    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if device.type == "cuda" else {})}
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
 def restore_random_state(state, device):
@@ -264,7 +280,8 @@ def resume_state(args):
         return None
     state = read_checkpoint(args.out)
     if "optimizer" not in state:
-        raise InputError(f"{args.out} has no optimizer state to go on from: it was not written by this script")
+        raise InputError(f"{args.out} has no optimizer state to go on from: it was not written by this "
+                         f"script")
     return state
 
 
@@ -284,7 +301,8 @@ class Log:
 
 @torch.inference_mode()
 def evaluate(vq, data, device, count=None, batch_size=256):
-    """PSNR (dB, mean over pictures), share of the codebook in use and its perplexity, over the first `count` pictures."""
+    """PSNR (dB, mean over pictures), share of the codebook in use and its
+    perplexity, over the first `count` pictures."""
     counts = torch.zeros(vq.config.codebook_size, device=device)
     psnr, seen = [], 0
     for images, _ in data.passes(batch_size):
@@ -307,19 +325,21 @@ def save_preview(vq, data, device, path, count=16):
     """A PNG with originals in the upper row and their reconstructions below."""
     images = to_float(next(iter(data.passes(count)))[0][:, 0].to(device))
     both = torch.cat([images, vq.detokenize(vq.tokenize(images))])
-    image_grid(to_uint8(both).cpu().numpy(), columns=len(images), row_names=("original", "reconstructed")).save(path)
+    image_grid(to_uint8(both).cpu().numpy(), columns=len(images),
+               row_names=("original", "reconstructed")).save(path)
 
 
 # ------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def restart_dead_codes(vq, counts, images):
-    """Move codebook entries that no picture used (counts == 0) onto badly served latents of the current batch.
+    """Move codebook entries that no picture used (counts == 0) onto badly served latents of the current
+    batch.
 
-    Without it a short run keeps only the few entries that happened to lie near the first latents (Jukebox restarts them
-    at random latents; Dhariwal 2020). The chance of a latent grows with its squared distance to the nearest entry, as
-    in k-means++, or most restarts would land on plain background and split it into codes that mean the same.
-    """
+    Without it a short run keeps only the few entries that happened to lie near the first latents (Jukebox
+    restarts them at random latents; Dhariwal 2020). The chance of a latent grows with its squared distance to
+    the nearest entry, as in k-means++, or most restarts would land on plain background and split it into
+    codes that mean the same. """
     z = F.normalize(vq.encode(images).float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)      # (B N, C)
     distance = 2 - 2 * (z @ vq.quantize.codes().T).amax(dim=1)                       # |z - e|^2 on the sphere
     chosen = torch.multinomial(distance.clamp(min=1e-6), len(counts), replacement=True)
@@ -328,32 +348,42 @@ def restart_dead_codes(vq, counts, images):
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_flags(parser, out="out/vq.pt", minutes=2.5)
     group = parser.add_argument_group("model")
-    group.add_argument("--size", default="VQ-tiny", choices=VQ_SIZES, help="a row of VQ_SIZES in tokenizer.py")
+    group.add_argument("--size", default="VQ-tiny", choices=VQ_SIZES,
+                       help="a row of VQ_SIZES in tokenizer.py")
     group.add_argument("--image-size", type=positive(int), default=32, help="side of the pictures in pixels")
     group.add_argument("--codebook-size", type=positive(int), help="V, instead of the size's own")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=positive(int), default=32, help="pictures per step; 128 in the paper")
-    group.add_argument("--lr", type=positive(float), default=2e-3, help="peak learning rate; 1e-4 in the paper")
-    group.add_argument("--lr-final", type=float, default=0.02, help="end of the cosine as a share of --lr; 1: constant")
+    group.add_argument("--batch-size", type=positive(int), default=32,
+                       help="pictures per step; 128 in the paper")
+    group.add_argument("--lr", type=positive(float), default=2e-3,
+                       help="peak learning rate; 1e-4 in the paper")
+    group.add_argument("--lr-final", type=float, default=0.02,
+                       help="end of the cosine as a share of --lr; 1: constant")
     group.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up; 0 in the paper")
     group.add_argument("--clip", type=positive(float), default=1.0, help="largest norm of the gradient")
-    group.add_argument("--ema", type=float, default=0.995, help="decay of the averaged weights that are saved; 0: off")
+    group.add_argument("--ema", type=float, default=0.995,
+                       help="decay of the averaged weights that are saved; 0: off")
     group.add_argument("--restart-every", type=int, default=50,
-                       help="steps between restarts of unused codebook entries, in the first 80%% of the run; 0: never")
+                       help="steps between restarts of unused codebook entries, in the first 80%% of the "
+                            "run; 0: never")
     group = parser.add_argument_group("losses")
     group.add_argument("--commitment-weight", type=float, default=0.25, help="beta of the commitment loss")
     group.add_argument("--entropy-weight", type=float, default=0.0, help="of the entropy loss on the codes")
     group.add_argument("--lpips-weight", type=float, default=0.0,
-                       help="of the perceptual loss; 1 in the paper; needs VGG16, 528 MB, and takes most of the time")
+                       help="of the perceptual loss; 1 in the paper; needs VGG16, 528 MB, and takes most of "
+                            "the time")
     group.add_argument("--vgg", help="vgg16-397923af.pth, if it is not in the cache")
     group.add_argument("--lpips", help="LPIPS v0.1's vgg.pth, if it is not in the cache")
     group.add_argument("--disc-weight", type=float, default=0.5, help="of the adversarial loss")
     group.add_argument("--disc-start", type=int, default=20000, help="step at which the discriminator joins")
-    group.add_argument("--disc-loss", default="hinge", choices=("hinge", "vanilla", "non-saturating"), help="its game")
-    group.add_argument("--disc-adaptive", action="store_true", help="scale --disc-weight by the ratio of gradients")
+    group.add_argument("--disc-loss", default="hinge", choices=("hinge", "vanilla", "non-saturating"),
+                       help="its game")
+    group.add_argument("--disc-adaptive", action="store_true",
+                       help="scale --disc-weight by the ratio of gradients")
     return parser.parse_args(argv)
 
 
@@ -366,10 +396,13 @@ def main(args):
         size["codebook_size"] = args.codebook_size
     config = VQConfig(**size, commitment_weight=args.commitment_weight, entropy_weight=args.entropy_weight)
     if config.codebook_size > 65536:
-        raise InputError(f"--codebook-size {config.codebook_size}: tokens are stored in 16 bits, so 65,536 is the most")
+        raise InputError(f"--codebook-size {config.codebook_size}: tokens are stored in 16 bits, so 65,536 "
+                         f"is the most")
     if args.image_size % config.downsample:
-        raise InputError(f"--image-size {args.image_size}: {args.size} makes one token of {config.downsample} x "
-                         f"{config.downsample} pixels, so the size has to be a multiple of {config.downsample}")
+        raise InputError(f"--image-size {args.image_size}: {args.size} makes one token of "
+                         f"{config.downsample} x "
+                         f"{config.downsample} pixels, so the size has to be a multiple of "
+                         f"{config.downsample}")
     if state and state["config"] != asdict(config):
         raise InputError(f"{args.out} was trained with other settings: resume with the flags of that run")
 
@@ -383,7 +416,8 @@ def main(args):
     lpips = load_lpips(args)
     lpips = lpips.to(device) if lpips else None
     disc = PatchDiscriminator().to(device)
-    disc_optimizer = torch.optim.Adam(disc.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+    disc_optimizer = torch.optim.Adam(disc.parameters(), lr=args.lr, betas=(0.9, 0.95),
+                                      fused=device.type == "cuda")
     step, seconds = 0, 0.0
     if state:
         step, seconds = state["step"], state["seconds"]
@@ -393,14 +427,17 @@ def main(args):
         disc.load_state_dict(state["disc"])
         disc_optimizer.load_state_dict(state["disc_optimizer"])
     N = (args.image_size // config.downsample) ** 2
-    print(f"{args.size}: {sum(p.numel() for p in vq.parameters()):,} parameters on {device}; {len(train):,} pictures of "
+    print(f"{args.size}: {sum(p.numel() for p in vq.parameters()):,} parameters on {device}; {len(train):,} "
+          f"pictures of "
           f"{args.image_size}x{args.image_size} pixels -> {N} tokens out of {config.codebook_size:,}")
 
     def save(fresh=False):
-        save_checkpoint(args.out, fresh, model=(average if args.ema else vq).state_dict(), raw=vq.state_dict(),
-                        config=asdict(config), optimizer=optimizer.state_dict(), disc=disc.state_dict(),
+        best = average if args.ema else vq
+        save_checkpoint(args.out, fresh, model=best.state_dict(), raw=vq.state_dict(), config=asdict(config),
+                        optimizer=optimizer.state_dict(), disc=disc.state_dict(),
                         disc_optimizer=disc_optimizer.state_dict(), step=step, seconds=clock.seconds(),
-                        since_restart=since_restart, image_size=args.image_size, random=random_state(device), args=vars(args))
+                        since_restart=since_restart, random=random_state(device),
+                        image_size=args.image_size, args=vars(args))
 
     forward = torch.compile(vq) if args.compile else vq
     preview, log = Path(args.out).with_suffix(".png"), Log(args)
@@ -450,8 +487,8 @@ def main(args):
             nn.utils.clip_grad_norm_(disc.parameters(), args.clip)
             disc_optimizer.step()
 
-        # 3. Codebook upkeep and statistics. Nothing here waits for the GPU (torch.bincount would, to learn how
-        # long its answer has to be): sums stay on the device until they are logged.
+        # 3. Codebook upkeep and statistics. Sums stay on the device until they are logged, so nothing waits
+        # for the GPU. (torch.bincount would, to learn how long its answer has to be.)
         flat = tokens.flatten()
         for counts in (used, since_restart):
             counts.index_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))
@@ -469,7 +506,8 @@ def main(args):
             log.write(step=step, seconds=clock.seconds(), psnr=psnr, usage=usage, **means,
                       lr=optimizer.param_groups[0]["lr"], images_per_second=rate)
             bar.set_postfix_str(f"PSNR {psnr:.1f} dB, codes {usage:.0%}, {rate:.0f} images/s, "
-                                + ", ".join(f"{name} {value:.3f}" for name, value in means.items() if value), refresh=False)
+                                + ", ".join(f"{name} {value:.3f}" for name,
+                                            value in means.items() if value), refresh=False)
             used.zero_()
             recent, logged_at, seconds = {}, step, clock.seconds()
         bar.update()

@@ -1,4 +1,5 @@
-"""Run from the root:  pytest -q      No network, no GPU needed; tests marked `cuda` skip where there is none."""
+"""Run from the root:  pytest -q      No network, no GPU needed; tests marked
+`cuda` skip where there is none."""
 import os
 import sys
 from pathlib import Path

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import data
-from data import (KINDS, ArrayData, FolderData, batch_indices, center_crop, draw_shapes, load_array, load_codes, load_data,
+from data import (KINDS, ArrayData, FolderData, batch_indices, center_crop, draw_shapes, load_array,
+                  load_codes, load_data,
                   random_crop, read_idx, read_image, shape_attributes)
 from tokenizer import InputError, VQConfig, VQModel
 
@@ -37,7 +38,8 @@ def test_load_array_gives_what_the_contract_says():
     assert labels.shape == (50,) and labels.dtype == np.int64
     for i in range(50):
         item = shape_attributes("test", i)
-        assert captions[i] == f"a {item['size']} {item['colour']} {item['kind']} on a {item['background']} background"
+        assert captions[i] == (f"a {item['size']} {item['colour']} {item['kind']} "
+                               f"on a {item['background']} background")
         assert list(KINDS)[labels[i]] == item["kind"]
 
 
@@ -60,7 +62,8 @@ def test_edges_are_antialiased_and_the_light_comes_from_one_side():
 # files
 
 def write_idx(path, array, zipped=True):
-    content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.astype(np.uint8).tobytes()
+    content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape,
+                                                      ">i4").tobytes() + array.astype(np.uint8).tobytes()
     path.write_bytes(gzip.compress(content) if zipped else content)
 
 
@@ -96,7 +99,8 @@ def test_without_network_one_line_says_which_file_to_put_where(tmp_path, offline
     with pytest.raises(InputError) as error:
         load_array("mnist", "train")
     message = str(error.value)
-    assert "\n" not in message and "train-images-idx3-ubyte.gz" in message and str(tmp_path / "cache" / "mnist") in message
+    assert "\n" not in message and "train-images-idx3-ubyte.gz" in message
+    assert str(tmp_path / "cache" / "mnist") in message
     assert len(offline) == 1 and not list((tmp_path / "cache" / "mnist").iterdir())
 
 
@@ -106,7 +110,8 @@ class Download(io.BytesIO):
 
 def test_a_download_is_checked_and_only_then_kept(tmp_path, offline, monkeypatch):
     content = b"some bytes"
-    monkeypatch.setitem(data.PUBLIC_FILES, ("mnist", "x.gz"), ("http://host/", hashlib.md5(content).hexdigest()))
+    monkeypatch.setitem(data.PUBLIC_FILES, ("mnist", "x.gz"),
+                        ("http://host/", hashlib.md5(content).hexdigest()))
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Download(content))
     assert data.find_file("mnist", "x.gz").read_bytes() == content
     (tmp_path / "cache" / "mnist" / "x.gz").unlink()
@@ -116,7 +121,8 @@ def test_a_download_is_checked_and_only_then_kept(tmp_path, offline, monkeypatch
     assert not list((tmp_path / "cache" / "mnist").iterdir())
 
 
-@pytest.mark.parametrize("content", [b"", b"\0\0\x08\x01", b"\0\0\x08\x01\0\0\0\x09abc", b"\x1f\x8bnot gzip", b"<html>"])
+@pytest.mark.parametrize("content", [b"", b"\0\0\x08\x01", b"\0\0\x08\x01\0\0\0\x09abc", b"\x1f\x8bnot gzip",
+                                     b"<html>"])
 def test_a_damaged_idx_file_is_told_in_one_line(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(InputError, match="fetch it again"):
@@ -176,7 +182,8 @@ def test_every_mode_becomes_rgb_the_right_way_up(tmp_path):
     for name in ("grey.png", "grey16.png", "palette.gif"):
         assert read(name).shape == (16, 8, 3) and np.array_equal(read(name)[..., 0], grey), name
     assert abs(read("cmyk.jpg")[4, 4].astype(int) - (255, 0, 0)).max() < 12
-    assert read("rgba.png")[0, 0].tolist() == [255, 0, 0] and read("rgba.png")[5, 5].tolist() == [255, 255, 255]
+    assert read("rgba.png")[0, 0].tolist() == [255, 0, 0] and read("rgba.png")[5, 5].tolist() == [255, 255,
+                                                                                                  255]
     assert np.array_equal(read("turned.png")[..., 0], np.rot90(grey, -1))
 
 
@@ -191,7 +198,8 @@ def test_crops_have_the_asked_size_for_any_picture(width, height):
 def test_the_centre_crop_of_a_double_size_picture_is_its_box_average():
     pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3)).astype(np.uint8)
     expected = pixels.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
-    assert abs(center_crop(Image.fromarray(pixels), 32) - expected).max() <= 1         # Pillow rounds after each axis
+    assert abs(center_crop(Image.fromarray(pixels),
+                           32) - expected).max() <= 1         # Pillow rounds after each axis
 
 
 def make_folder(root, count=12, classes=("cat", "dog")):

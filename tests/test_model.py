@@ -23,7 +23,8 @@ def small_gpt(**changes):
 def test_logits_and_loss_equal_the_official_code(golden, kind, training):
     arrays, weights = golden(f"gpt_{kind}")
     config = {key[7:]: int(value) for key, value in arrays.items() if key.startswith("config.")}
-    gpt = GPT(GPTConfig(**config, model_type=kind, token_dropout=0, resid_dropout=0, ffn_dropout=0, class_dropout=0))
+    gpt = GPT(GPTConfig(**config, model_type=kind, token_dropout=0, resid_dropout=0, ffn_dropout=0,
+                        class_dropout=0))
     gpt.load_state_dict(weights)
     gpt.train(training)
     tokens = arrays["tokens"]
@@ -155,7 +156,8 @@ def test_it_overfits_one_batch():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(block_size=15), "square"), (dict(dim=60), "multiple of 4"), (dict(n_kv_head=3), "multiple of n_kv_head")])
+    (dict(block_size=15), "square"), (dict(dim=60), "multiple of 4"), (dict(n_kv_head=3),
+                                                                       "multiple of n_kv_head")])
 def test_impossible_configurations_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         GPTConfig(**{**SMALL, **changes})

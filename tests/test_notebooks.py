@@ -1,4 +1,5 @@
-"""pytest -q tests/test_notebooks.py      Each notebook runs from its first cell to its last and is stored with outputs."""
+"""pytest -q tests/test_notebooks.py      Each notebook runs from its first cell
+to its last and is stored with outputs."""
 import json
 
 import nbformat
@@ -15,7 +16,8 @@ def test_notebook_runs_offline_without_errors(path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")       # whoever asks the network gets no answer
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(notebook, timeout=280, kernel_name="python3",
+                   resources={"metadata": {"path": str(path.parent)}}).execute()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

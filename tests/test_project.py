@@ -21,7 +21,8 @@ SCRIPTS = {"train_vq.py": train_vq, "train_gpt.py": train_gpt, "sample.py": samp
 def parser_of(module, monkeypatch):
     """The ArgumentParser that a script's get_args builds."""
     found = []
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, argv=None: found.append(self) or sys.exit())
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self,
+                        argv=None: found.append(self) or sys.exit())
     with pytest.raises(SystemExit):
         module.get_args([])
     monkeypatch.undo()
@@ -32,7 +33,8 @@ def parser_of(module, monkeypatch):
 def test_every_flag_has_help_and_is_read(script, monkeypatch):
     source = "".join((ROOT / name).read_text() for name in SCRIPTS)
     read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
-            and isinstance(node.value, (ast.Name, ast.Attribute)) and ast.unparse(node.value).endswith("args")}
+            and isinstance(node.value, (ast.Name,
+                                        ast.Attribute)) and ast.unparse(node.value).endswith("args")}
     for action in parser_of(SCRIPTS[script], monkeypatch)._actions:
         assert action.help, action.option_strings
         assert action.dest == "help" or action.dest in read, f"{script} {action.option_strings} is never read"
@@ -40,7 +42,8 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch):
 
 def test_the_commands_in_the_readme_parse(monkeypatch):
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S) for line in block.splitlines()]
+    commands = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text,
+                                             re.S) for line in block.splitlines()]
     parsed = 0
     for line in commands:
         for part in line.split("#")[0].split("&&"):
@@ -86,7 +89,8 @@ def shape_checker(functions, sizes):
         terms = [term.strip() for term in shape.split(",") if term.strip()]
         assert len(terms) == value.ndim, f"line {line}: {text.strip()} but the shape is {tuple(value.shape)}"
         for term, size in zip(terms, value.shape):
-            expression = re.sub(r"(\d) ([A-Za-z])", r"\1*\2", re.sub(r"([A-Za-z]) ([A-Za-z])", r"\1*\2", term))
+            expression = re.sub(r"(\d) ([A-Za-z])", r"\1*\2",
+                                re.sub(r"([A-Za-z]) ([A-Za-z])", r"\1*\2", term))
             if expression.isidentifier():
                 letters.setdefault(expression, size)
             names = set(re.findall(r"[A-Za-z]\w*", expression))
@@ -113,9 +117,10 @@ def shape_checker(functions, sizes):
 def test_shape_comments_of_the_tokenizer_are_true():
     config = tokenizer.VQConfig(codebook_size=96, codebook_embed_dim=8, ch=32, ch_mult=(1, 2), z_channels=40)
     vq = tokenizer.VQModel(config)
+    quantizer = tokenizer.VectorQuantizer
     functions = [tokenizer.ResBlock.forward, tokenizer.AttnBlock.forward, tokenizer.Encoder.forward,
-                 tokenizer.Decoder.forward, tokenizer.VectorQuantizer.forward, tokenizer.VectorQuantizer.nearest,
-                 tokenizer.VectorQuantizer.entropy_loss, tokenizer.VQModel.detokenize]
+                 tokenizer.Decoder.forward, quantizer.forward, quantizer.nearest, quantizer.entropy_loss,
+                 tokenizer.VQModel.detokenize]
     config.entropy_weight = 1.0
     tracer, checked = shape_checker(functions, dict(B=3, V=96, C=8, Z=40))
     sys.settrace(tracer)
@@ -130,11 +135,12 @@ def test_shape_comments_of_the_tokenizer_are_true():
 @pytest.mark.parametrize("kind", ["c2i", "t2i"])
 def test_shape_comments_of_the_model_are_true(kind):
     L = 1 if kind == "c2i" else 5
-    config = model.GPTConfig(dim=48, n_layer=1, n_head=4, n_kv_head=2, vocab_size=96, block_size=16, num_classes=10,
-                             model_type=kind, cls_token_num=L, caption_dim=24)
+    config = model.GPTConfig(dim=48, n_layer=1, n_head=4, n_kv_head=2, vocab_size=96, block_size=16,
+                             num_classes=10, model_type=kind, cls_token_num=L, caption_dim=24)
     gpt = model.GPT(config)
     functions = [model.rope_table, model.apply_rope, model.Attention.forward, model.LabelEmbedder.forward,
-                 model.CaptionEmbedder.forward, model.GPT.forward, model.GPT.attention_mask, sample.generate.__wrapped__]
+                 model.CaptionEmbedder.forward, model.GPT.forward, model.GPT.attention_mask,
+                 sample.generate.__wrapped__]
     tracer, checked = shape_checker(functions, dict(N=16, L=L, D=48, G=2, d=12, V=96, E=24))
     cond = torch.tensor([1, 2, 3]) if kind == "c2i" else torch.randn(3, L, 24)
     mask = None if kind == "c2i" else torch.ones(3, L)
@@ -148,7 +154,8 @@ def test_shape_comments_of_the_model_are_true(kind):
 
 
 def test_the_shape_check_would_notice_a_wrong_comment(tmp_path):
-    (tmp_path / "wrong.py").write_text("import torch\ndef f(x):                # x (B, D)\n    y = x.T     # (B, D)\n    return y\n")
+    (tmp_path / "wrong.py").write_text("import torch\ndef f(x):                # x (B, D)\n    y = x.T     "
+                                       "# (B, D)\n    return y\n")
     sys.path.insert(0, str(tmp_path))
     import wrong
     tracer, _ = shape_checker([wrong.f], {})
@@ -171,4 +178,4 @@ def test_the_demos_run(name, capsys):
 def test_lines_fit_the_page():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            assert len(line) <= 135, f"{path.name}:{number}"
+            assert len(line) <= 110, f"{path.name}:{number}"

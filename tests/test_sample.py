@@ -44,7 +44,8 @@ def test_greedy_tokens_equal_the_official_code_under_all_guidance_settings(golde
         assert torch.equal(tokens, arrays[f"greedy.{name}"]), name
 
 
-@pytest.mark.parametrize("cfg_scale, cfg_interval", [(1.0, -1), (0.5, -1), (3.0, -1), (3.0, 0), (3.0, 4), (0.0, -1)])
+@pytest.mark.parametrize("cfg_scale, cfg_interval",
+                         [(1.0, -1), (0.5, -1), (3.0, -1), (3.0, 0), (3.0, 4), (0.0, -1)])
 def test_decoding_with_the_cache_equals_the_full_forward(gpt, cfg_scale, cfg_interval):
     cond = torch.tensor([1, 7, 10])
     assert torch.equal(generate(gpt, cond, cfg_scale=cfg_scale, cfg_interval=cfg_interval, top_k=1),
@@ -157,7 +158,8 @@ def checkpoints(tmp_path, gpt):
 
 
 def test_npz_has_the_evaluators_format_and_balanced_labels(tmp_path, checkpoints, capsys):
-    main(get_args([*checkpoints, "--npz", str(tmp_path / "new" / "s.npz"), "--num-samples", "23", "--batch-size", "10",
+    main(get_args([*checkpoints, "--npz", str(tmp_path / "new" / "s.npz"), "--num-samples", "23",
+                   "--batch-size", "10",
                    "--classes", "3,class 1"]))
     with np.load(tmp_path / "new" / "s.npz", allow_pickle=False) as file:
         assert file["arr_0"].shape == (23, 8, 8, 3) and file["arr_0"].dtype == np.uint8
@@ -167,7 +169,8 @@ def test_npz_has_the_evaluators_format_and_balanced_labels(tmp_path, checkpoints
 
 def test_the_command_draws_a_grid_with_every_sampling_flag(tmp_path, checkpoints):
     main(get_args([*checkpoints, "--out", str(tmp_path / "grid.png"), "--per-class", "2", "--cfg-scale", "3",
-                   "--cfg-interval", "4", "--temperature", "0.9", "--top-k", "20", "--top-p", "0.9", "--seed", "1"]))
+                   "--cfg-interval", "4", "--temperature", "0.9", "--top-k", "20", "--top-p", "0.9",
+                   "--seed", "1"]))
     assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
@@ -182,7 +185,8 @@ def test_a_tokenizer_of_another_gpt_is_refused(tmp_path, checkpoints):
         main(get_args(checkpoints))
 
 
-@pytest.mark.parametrize("flags", [["--num-samples", "0"], ["--temperature", "-1"], ["--top-p", "0"], ["--per-class", "x"]])
+@pytest.mark.parametrize("flags", [["--num-samples", "0"], ["--temperature", "-1"], ["--top-p", "0"],
+                                   ["--per-class", "x"]])
 def test_impossible_flags_end_with_a_message(flags):
     with pytest.raises(SystemExit) as error:
         get_args(flags)

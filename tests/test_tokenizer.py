@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenizer import (VQ_SIZES, InputError, VectorQuantizer, VQConfig, VQModel, load_tokenizer, read_checkpoint,
+from tokenizer import (VQ_SIZES, InputError, VectorQuantizer, VQConfig, VQModel, load_tokenizer,
+                       read_checkpoint,
                        weights_hash)
 
 TINY = dict(codebook_size=64, ch=32, ch_mult=(1, 2), z_channels=32)
@@ -60,7 +61,8 @@ def test_codebook_loss_moves_only_the_codebook_and_commitment_only_the_encoder()
     weight = quantizer.embedding.weight
     gradient = lambda loss, x: torch.autograd.grad(loss, x, retain_graph=True, allow_unused=True)[0]
     assert gradient(losses["codebook"], z) is None and gradient(losses["codebook"], weight).abs().sum() > 0
-    assert gradient(losses["commitment"], weight) is None and gradient(losses["commitment"], z).abs().sum() > 0
+    assert gradient(losses["commitment"], weight) is None and gradient(losses["commitment"],
+                                                                       z).abs().sum() > 0
 
 
 def test_entropy_loss_is_lowest_when_vectors_are_sure_and_codes_equally_used():

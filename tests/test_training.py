@@ -1,4 +1,5 @@
-"""pytest -q tests/test_training.py      Both training scripts: losses, schedule, a few real steps, resuming."""
+"""pytest -q tests/test_training.py      Both training scripts: losses,
+schedule, a few real steps, resuming."""
 import json
 import math
 import signal
@@ -15,7 +16,8 @@ import train_vq
 from conftest import ROOT
 from model import load_gpt
 from tokenizer import InputError, VQConfig, VQModel, load_tokenizer
-from train_vq import (LPIPS, PatchDiscriminator, adaptive_weight, discriminator_loss, evaluate, generator_loss,
+from train_vq import (LPIPS, PatchDiscriminator, adaptive_weight, discriminator_loss, evaluate,
+                      generator_loss,
                       learning_rate, load_lpips, restart_dead_codes, update_ema)
 
 QUICK = ["--limit", "64", "--device", "cpu", "--batch-size", "8", "--log-every", "1", "--eval-every", "2"]
@@ -27,7 +29,8 @@ def run_vq(tmp_path, *flags):
 
 
 def run_gpt(tmp_path, *flags):
-    train_gpt.main(train_gpt.get_args([*QUICK, "--out", str(tmp_path / "gpt.pt"), "--vq", str(tmp_path / "vq.pt"), *flags]))
+    train_gpt.main(train_gpt.get_args([*QUICK, "--out", str(tmp_path / "gpt.pt"), "--vq",
+                                       str(tmp_path / "vq.pt"), *flags]))
     return torch.load(tmp_path / "gpt.pt", weights_only=True)
 
 
@@ -44,7 +47,8 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["hinge", "vanilla", "non-saturating"])
 def test_a_perfect_discriminator_scores_below_a_random_one_and_a_wrong_one_above(kind):
     sure, unsure = torch.full((4, 1, 2, 2), 5.0), torch.zeros(4, 1, 2, 2)
-    perfect, guess, wrong = (discriminator_loss(*pair, kind) for pair in ((sure, -sure), (unsure, unsure), (-sure, sure)))
+    perfect, guess, wrong = (discriminator_loss(*pair, kind) for pair in ((sure, -sure), (unsure, unsure),
+                                                                          (-sure, sure)))
     assert perfect < guess < wrong
     assert generator_loss(sure, kind) < generator_loss(unsure, kind) < generator_loss(-sure, kind)
 
@@ -77,7 +81,8 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long():
 @pytest.fixture
 def lpips_files(tmp_path):
     """Random weights in the layout of the two public files, classifier included."""
-    widths = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
+    widths = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256),
+              14: (256, 256),
               17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}
     vgg = {"classifier.0.weight": torch.zeros(2, 2)}
     for i, (c_in, c_out) in widths.items():
@@ -95,14 +100,17 @@ def test_lpips_follows_its_formula_is_zero_for_equal_pictures_and_frozen(lpips_f
     distance = lpips(a, b)
     assert distance.shape == (2, 1, 1, 1) and distance.min() > 0 and lpips(b, b).abs().max() == 0
     distance.sum().backward()
-    assert a.grad.abs().sum() > 0 and not any(p.requires_grad for p in lpips.parameters()) and not lpips.training
+    assert a.grad.abs().sum() > 0 and not lpips.training
+    assert not any(p.requires_grad for p in lpips.parameters())
 
     vgg, lins = torch.load(lpips_files[0]), torch.load(lpips_files[1])
-    scale = lambda x: (x - torch.tensor([-.030, -.088, -.188]).view(3, 1, 1)) / torch.tensor([.458, .448, .450]).view(3, 1, 1)
+    mean, deviation = torch.tensor([[-.030, -.088, -.188], [.458, .448, .450]]).view(2, 3, 1, 1)
+    scale = lambda x: (x - mean) / deviation
     features, total, tap = [scale(a.detach()), scale(b)], 0, 0
     for stage in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)):
         for i in stage:
-            features = [torch.relu(torch.conv2d(x, vgg[f"features.{i}.weight"], vgg[f"features.{i}.bias"], padding=1))
+            features = [torch.relu(torch.conv2d(x, vgg[f"features.{i}.weight"], vgg[f"features.{i}.bias"],
+                                                padding=1))
                         for x in features]
         unit = [x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-10) for x in features]
         total = total + ((unit[0] - unit[1]) ** 2 * lins[f"lin{tap}.model.1.weight"]).sum(1).mean((1, 2))
@@ -205,17 +213,22 @@ def test_both_scripts_leave_a_checkpoint_a_log_and_a_picture(trained):
         assert Image.open(trained / f"{name}.png").width > 100
         lines = [json.loads(line) for line in (trained / f"{name}.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "lr" in line] == [1, 2]
-    assert load_gpt(trained / "gpt.pt").config.vocab_size == load_tokenizer(trained / "vq.pt").config.codebook_size
-    assert {"psnr", "usage", "l2", "codebook", "commitment"} <= set(json.loads((trained / "vq.jsonl").open().readline()))
+    vq = load_tokenizer(trained / "vq.pt")
+    assert load_gpt(trained / "gpt.pt").config.vocab_size == vq.config.codebook_size
+    first = json.loads((trained / "vq.jsonl").read_text().splitlines()[0])
+    assert {"psnr", "usage", "l2", "codebook", "commitment"} <= set(first)
     assert not list(trained.glob("*.partial"))
 
 
 @pytest.mark.parametrize("script, length", [("vq", 8), ("gpt", 4)])
-def test_an_interrupted_and_resumed_run_equals_one_that_was_not(trained, tmp_path, monkeypatch, script, length):
+def test_an_interrupted_and_resumed_run_equals_one_that_was_not(trained, tmp_path, monkeypatch, script,
+                                                                length):
     if script == "vq":
-        run = lambda folder, *flags: run_vq(folder, "--steps", "8", "--disc-start", "1", "--restart-every", "3", *flags)
+        run = lambda folder, *flags: run_vq(folder, "--steps", "8", "--disc-start", "1", "--restart-every",
+                                            "3", *flags)
     else:
-        run = lambda folder, *flags: run_gpt(folder, "--steps", "4", "--dropout", "0.1", "--vq", str(trained / "vq.pt"), *flags)
+        run = lambda folder, *flags: run_gpt(folder, "--steps", "4", "--dropout", "0.1", "--vq",
+                                             str(trained / "vq.pt"), *flags)
     module = {"vq": train_vq, "gpt": train_gpt}[script]
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     whole = run(tmp_path / "a")
@@ -256,16 +269,18 @@ def test_minutes_end_a_run_in_time(tmp_path):
 
 
 def test_every_loss_and_option_of_the_tokenizer_runs(tmp_path, lpips_files):
-    state = run_vq(tmp_path, "--steps", "2", "--lpips-weight", "1", "--vgg", str(lpips_files[0]), "--lpips",
-                   str(lpips_files[1]), "--disc-start", "0", "--disc-adaptive", "--disc-loss", "non-saturating",
-                   "--entropy-weight", "0.1", "--codebook-size", "1024", "--ema", "0", "--data", "shapes", "--image-size", "64")
+    vgg, lin = (str(path) for path in lpips_files)
+    state = run_vq(tmp_path, "--steps", "2", "--lpips-weight", "1", "--vgg", vgg, "--lpips", lin,
+                   "--disc-start", "0", "--disc-adaptive", "--disc-loss", "non-saturating",
+                   "--entropy-weight", "0.1", "--codebook-size", "1024", "--ema", "0", "--image-size", "64")
     first = json.loads((tmp_path / "vq.jsonl").open().readline())
     assert {"lpips", "gan", "disc", "entropy"} <= set(first)
     assert state["model"]["quantize.embedding.weight"].shape == (1024, 8)
 
 
 def test_a_gpt_with_every_option_runs(trained, tmp_path):
-    state = run_gpt(tmp_path, "--steps", "2", "--vq", str(trained / "vq.pt"), "--grad-accum", "2", "--drop-path", "0.1",
+    state = run_gpt(tmp_path, "--steps", "2", "--vq", str(trained / "vq.pt"), "--grad-accum", "2",
+                    "--drop-path", "0.1",
                     "--class-dropout", "0.5", "--weight-decay", "0", "--ema", "0", "--cfg-scale", "3")
     assert state["config"]["drop_path"] == 0.1
 
@@ -273,7 +288,8 @@ def test_a_gpt_with_every_option_runs(trained, tmp_path):
 # wrong input: one line, exit status not 0, nothing damaged
 
 def command(*words, cwd):
-    return subprocess.run([sys.executable, *(str(word) for word in words)], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *(str(word) for word in words)], cwd=cwd, capture_output=True,
+                          text=True)
 
 
 def test_wrong_input_is_one_clear_line_and_not_a_traceback(trained, tmp_path):
