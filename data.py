@@ -31,8 +31,7 @@ DEBIAN = Path("/usr/share/datasets")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# shapes: ten kinds x eight colours x six backgrounds x two sizes, anywhere in the picture, lit from a random
-# side
+# shapes: ten kinds x eight colours x six backgrounds x two sizes, anywhere in the picture, lit from any side
 
 def ngon(n, start=-90, radius=1.0, x=0.0, y=0.0):
     """The n corners of a regular polygon, (n, 2); start in degrees, -90 is straight
@@ -53,9 +52,8 @@ def heart():
 
 def cross(arm=0.34):
     a = arm
-    return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a),
-                     (-1, -a),
-                     (-a, -a)])
+    return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
+                     (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)])
 
 
 # Each kind is one outline, or an outline and a hole, in units of the shape's radius.
@@ -89,8 +87,7 @@ def shape_attributes(split, index, seed=0):
     pick = lambda names: list(names)[rng.integers(len(names))]
     item = dict(kind=pick(KINDS), colour=pick(COLOURS), background=pick(BACKGROUNDS), size=pick(SIZES))
     radius = SIZES[item["size"]]
-    # centre, as shares of the side
-    item["x"], item["y"] = rng.uniform(1.2 * radius, 1 - 1.2 * radius, size=2)
+    item["x"], item["y"] = rng.uniform(1.2 * radius, 1 - 1.2 * radius, size=2)   # shares of the side
     item["light_angle"], item["light_strength"] = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.12)
     item["caption"] = "a {size} {colour} {kind} on a {background} background".format(**item)
     return item
@@ -142,8 +139,7 @@ PUBLIC_FILES = {                                                 # (data set, fi
     ("mnist", "t10k-labels-idx1-ubyte.gz"): (MNIST, "ec29112dd5afa0611ce80d1b7f02629c"),
     ("cifar10", "cifar-10-binary.tar.gz"): ("https://www.cs.toronto.edu/~kriz/",
                                             "c32a1d4ab5d03f1284b67883e8d87530"),
-    # its name holds its sha256
-    ("lpips", "vgg16-397923af.pth"): ("https://download.pytorch.org/models/", None),
+    ("lpips", "vgg16-397923af.pth"): ("https://download.pytorch.org/models/", None),      # sha256 in the name
     ("lpips", "vgg.pth"): ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/",
                            "d507d7349b931f0638a25a48a722f98a"),
 }
@@ -200,11 +196,11 @@ def read_idx(path):
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read ({error}): delete it and fetch it again") from None
     axes = data[3] if data[:3] == b"\0\0\x08" else 0
-    shape = np.frombuffer(data, ">i4", count=axes, offset=4) if len(data) >= 4 + 4 * axes else np.zeros(0,
-                                                                                                        int)
-    if axes == 0 or len(data) != 4 + 4 * axes + math.prod(shape.tolist()):
+    start = 4 + 4 * axes
+    shape = np.frombuffer(data[4:start], ">i4").tolist() if len(data) >= start else []
+    if not shape or len(data) != start + math.prod(shape):
         raise InputError(f"{path} is not a complete IDX file: delete it and fetch it again")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 def load_idx(name, split, data_dir):
@@ -375,8 +371,8 @@ class FolderData(torch.utils.data.Dataset):
     out. A file that cannot be read is skipped, and `report_broken` names all of them in one warning. """
 
     def __init__(self, root, split, size=32, n=None, flip=True):
-        # crops: the centre, and its mirror image
-        self.size, self.flip, self.crops = size, flip, 2 if flip else 1
+        self.size, self.flip = size, flip
+        self.crops = 2 if flip else 1                            # the centre, and its mirror image
         self.captions, self.broken = None, set()
         root = Path(root)
         base = root / "train" if (root / "train").is_dir() else root
@@ -398,12 +394,9 @@ class FolderData(torch.utils.data.Dataset):
         if not self.files:
             raise InputError(f"{source} holds no pictures: put them into one sub-folder per class, as in "
                              f"{source / 'cat' / 'photo.jpg'}")
-        # stops at the first good one
         if all(self.read(i, center_crop) is None for i in range(len(self.files))):
-            raise InputError(f"none of the {len(self.files)} pictures in {source} can be read, the first "
-                             f"being "
-                             f"{self.files[0][0].name}: are they complete, and of a format that Pillow "
-                             f"knows?")
+            raise InputError(f"none of the {len(self.files)} pictures in {source} can be read (the first is "
+                             f"{self.files[0][0].name}): are they whole, and of a format that Pillow knows?")
 
     def __len__(self):
         return len(self.files)
@@ -411,8 +404,8 @@ class FolderData(torch.utils.data.Dataset):
     def fingerprint(self):
         """A hash of every file's path, length and time of change: reading all pixels
         would take hours for ImageNet."""
-        stats = ((str(path), path.stat().st_size, path.stat().st_mtime_ns, label) for path,
-                 label in self.files)
+        stats = ((str(path), path.stat().st_size, path.stat().st_mtime_ns, label)
+                 for path, label in self.files)
         return hashlib.sha256(repr((self.size, self.crops, list(stats))).encode()).hexdigest()
 
     def read(self, i, crop, *more):
@@ -432,16 +425,16 @@ class FolderData(torch.utils.data.Dataset):
         else:
             i, pixels = key, self.read(key, center_crop)
             pixels = pixels if pixels is None else np.stack([pixels, pixels[:, ::-1]][:self.crops])
-        return i, None if pixels is None else torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1,
-                                                                                                -3)))
+        if pixels is not None:
+            pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
+        return i, pixels
 
     def loader(self, batch_sampler):
         """A DataLoader with worker processes; they leave Ctrl-C to the main process,
         which saves before it ends."""
         workers = min(8, os.cpu_count() or 1)
         return torch.utils.data.DataLoader(self, batch_sampler=batch_sampler, num_workers=workers,
-                                           collate_fn=list,
-                                           worker_init_fn=ignore_interrupts,
+                                           collate_fn=list, worker_init_fn=ignore_interrupts,
                                            pin_memory=torch.cuda.is_available())
 
     def readable(self, samples):

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tokenizer import InputError, fill_weights, read_checkpoint
+from tokenizer import InputError, build, read_checkpoint
 
 
 @dataclass
@@ -237,8 +237,8 @@ class GPT(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.tok_dropout = nn.Dropout(config.token_dropout)
         depth = max(config.n_layer - 1, 1)
-        self.layers = nn.ModuleList(Block(config,
-                                          config.drop_path * i / depth) for i in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, config.drop_path * i / depth)
+                                    for i in range(config.n_layer))
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.rope = rope_table(config)
@@ -346,8 +346,7 @@ def infer_gpt_config(weights, image_size, path):
 
 def gpt_from_checkpoint(checkpoint, path, image_size=None, device="cpu", dtype=torch.float32):
     """The GPT in an already read checkpoint; see load_gpt."""
-    # a table in old files
-    weights = {name: w for name, w in checkpoint["model"].items() if name != "freqs_cis"}
+    weights = {name: w for name, w in checkpoint["model"].items() if name != "freqs_cis"}  # an old table
     if "tok_embeddings.weight" not in weights:
         raise InputError(f"{path} is not a GPT checkpoint: it has no token embedding (tok_embeddings.weight)")
     if "config" not in checkpoint:
@@ -356,9 +355,7 @@ def gpt_from_checkpoint(checkpoint, path, image_size=None, device="cpu", dtype=t
         config = GPTConfig(**checkpoint["config"])
         if image_size and (image_size // 16) ** 2 != config.block_size:
             raise InputError(f"{path} makes {config.block_size} tokens per image: leave the image size out")
-    with torch.device("meta"):                             # shapes only: no time or memory for a random start
-        gpt = GPT(config)
-    return fill_weights(gpt, weights, path, assign=True).to(device=device, dtype=dtype).eval()
+    return build(GPT, config, weights, path, device, dtype)
 
 
 def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32):
@@ -367,7 +364,7 @@ def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32):
 
     image_size: pixels; for released files, whose grid is image_size // 16 on a side (None: 256). This
     project's own checkpoints know their grid. """
-    return gpt_from_checkpoint(read_checkpoint(path), path, image_size, device, dtype)
+    return gpt_from_checkpoint(read_checkpoint(path, mmap=True), path, image_size, device, dtype)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Sampling: tokens one after another with a key-value cache and classifier-free guidance, then pixels.
 
-Shapes: B images, R rows of the batch (B, or 2 B with guidance), N tokens of an image, V vocabulary, P given
-tokens,
-        L condition tokens.
+Shapes: B images, R rows of the batch (B, or 2 B with guidance), N tokens of an image, V vocabulary,
+        P given tokens, L condition tokens.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2; guidance: Ho & Salimans 2022;
         guidance interval: Kynkaanniemi 2024; top-p: Holtzman 2020.
 Run:    python sample.py             # a labelled grid of the model that train_gpt.py left in out/
@@ -75,8 +74,7 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
     if P == N:
         return tokens
 
-    # Both rows of guidance go through the network as one batch of twice the size: [conditional;
-    # unconditional].
+    # Both rows of guidance go through the network as one batch, twice the size: [conditional; unconditional].
     rows = lambda x: torch.cat([x, x]) if guided and x is not None else x
     both = torch.cat([cond, gpt.cls_embedding.null(cond)]) if guided else cond
     mask = gpt.attention_mask(rows(cond_mask))
@@ -92,8 +90,7 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
         if i == N - 1:
             break
         if guided and cfg_interval > -1 and i > cfg_interval:
-            # The next token is past the interval: drop the unconditional rows instead of computing them in
-            # vain.
+            # The next token is past the interval: drop the unconditional rows, do not compute them in vain.
             guided = False
             cache = [(k[:B], v[:B]) for k, v in cache]
             mask = mask[:B] if mask.ndim == 4 else mask
@@ -120,7 +117,7 @@ def parse_classes(text, class_names):
 
 def load_models(args, device):
     """The GPT, its tokenizer and the names of its classes; one line if the two do not belong together."""
-    checkpoint = read_checkpoint(args.gpt)
+    checkpoint = read_checkpoint(args.gpt, mmap=True)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     gpt = gpt_from_checkpoint(checkpoint, args.gpt, args.image_size, device, dtype)
     if gpt.config.model_type != "c2i":
@@ -128,12 +125,11 @@ def load_models(args, device):
     vq = load_tokenizer(args.vq, device)
     if vq.config.codebook_size != gpt.config.vocab_size:
         raise InputError(f"{args.gpt} and {args.vq} do not belong together: the GPT predicts "
-                         f"{gpt.config.vocab_size:,} "
-                         f"tokens, the codebook has {vq.config.codebook_size:,} entries")
+                         f"{gpt.config.vocab_size:,} tokens, the codebook has "
+                         f"{vq.config.codebook_size:,} entries")
     if "vq_hash" in checkpoint and checkpoint["vq_hash"] != weights_hash(vq):
         raise InputError(f"{args.gpt} and {args.vq} do not belong together: the GPT was trained on the "
-                         f"tokens of another "
-                         "tokenizer. Pass that one as --vq, or run train_gpt.py again")
+                         "tokens of another tokenizer. Pass that one as --vq, or run train_gpt.py again")
     names = checkpoint.get("class_names") or [str(i) for i in range(gpt.config.num_classes)]
     return gpt, vq, names
 
@@ -147,14 +143,13 @@ def sample_images(gpt, vq, classes, args, device):
     started = time.perf_counter()
     for i in tqdm(range(0, len(classes), args.batch_size), desc="sampling", unit=" batches"):
         tokens = generate(gpt, classes[i:i + args.batch_size], None, args.cfg_scale, args.cfg_interval,
-                          args.temperature,
-                          args.top_k, args.top_p, generator=generator)
+                          args.temperature, args.top_k, args.top_p, generator=generator)
         with torch.inference_mode():
             images[i:i + args.batch_size] = to_uint8(vq.detokenize(tokens)).cpu().numpy()
     seconds = time.perf_counter() - started
     print(f"{len(images)} images in {seconds:.1f} s on {device}: "
-          f"{len(images) * gpt.config.block_size / seconds:,.0f} tokens/s, {len(images) / seconds:.2f} "
-          f"images/s")
+          f"{len(images) * gpt.config.block_size / seconds:,.0f} tokens/s, "
+          f"{len(images) / seconds:.2f} images/s")
     return images
 
 
@@ -184,9 +179,9 @@ def get_args(argv=None):
                                      "over classes")
     group.add_argument("--num-samples", type=positive(int), default=1000, help="pictures in the --npz")
     group = parser.add_argument_group("how to sample")
-    group.add_argument("--cfg-scale", type=float, default=3.0, help="guidance; 1: none, 0: unconditional")
+    group.add_argument("--cfg-scale", type=float, default=2.5, help="guidance; 1: none, 0: unconditional")
     group.add_argument("--cfg-interval", type=int, default=-1, help="i: guide tokens 0 to i+1 only; -1: all")
-    group.add_argument("--temperature", type=float, default=0.6,
+    group.add_argument("--temperature", type=float, default=0.4,
                        help="below 1: less varied; 0: the likeliest token")
     group.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
     group.add_argument("--top-p", type=float, default=1.0,

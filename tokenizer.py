@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import math
 import pickle
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,7 @@ class VQConfig:
     codebook_size: int = 16384
     codebook_embed_dim: int = 8          # low on purpose: fewer dimensions, more of the codebook in use
     ch: int = 128                        # channels at full resolution; a multiple of norm_groups
-    # channels per level in units of ch; each level after the first halves H and W
-    ch_mult: tuple = (1, 1, 2, 2, 4)
+    ch_mult: tuple = (1, 1, 2, 2, 4)     # channels of each level in units of ch; H and W halve in between
     z_channels: int = 256
     num_res_blocks: int = 2              # per level in the encoder; the decoder has one more
     norm_groups: int = 32                # of GroupNorm; see `group_norm`
@@ -226,22 +226,23 @@ class VectorQuantizer(nn.Module):
         return (z @ codes.T).argmax(dim=-1)                      #      (B, N)
 
     def forward(self, z):                                        # z    (B, C, h, w)
-        shape = z.shape
-        codes = self.codes()                                     #      (V, C)
-        z = z.float().flatten(2).transpose(1, 2)                 #      (B, N, C)
-        z = F.normalize(z, dim=-1)
-        tokens = self.nearest(z.detach(), codes.detach())        #      (B, N)
-        zq = codes[tokens]                                       #      (B, N, C)
+        # Unit vectors of neighbouring entries differ by less than bf16 resolves: no autocast in here.
+        with torch.autocast(z.device.type, enabled=False):
+            codes = self.codes()                                 #      (V, C)
+            flat = z.float().flatten(2).transpose(1, 2)          #      (B, N, C)
+            flat = F.normalize(flat, dim=-1)
+            tokens = self.nearest(flat.detach(), codes.detach())     #  (B, N)
+            zq = codes[tokens]                                   #      (B, N, C)
 
-        # VQ-VAE eq. 3: the codebook moves towards the encoder's output, the encoder commits to the codebook.
-        losses = {
-            "codebook": (zq - z.detach()).square().mean(),
-            "commitment": self.config.commitment_weight * (zq.detach() - z).square().mean(),
-            "entropy": self.entropy_loss(z, codes),
-        }
+            # VQ-VAE eq. 3: the codebook moves to the encoder's output, the encoder commits to the codebook.
+            losses = {
+                "codebook": (zq - flat.detach()).square().mean(),
+                "commitment": self.config.commitment_weight * (zq.detach() - flat).square().mean(),
+                "entropy": self.entropy_loss(flat, codes),
+            }
         # Straight-through: forward gives zq, backward treats the lookup as the identity, d zq / d z = 1.
-        zq = z + (zq - z).detach()
-        return zq.transpose(1, 2).reshape(shape), tokens, losses
+        zq = flat + (zq - flat).detach()
+        return zq.transpose(1, 2).reshape(z.shape), tokens, losses
 
     def entropy_loss(self, z, codes, temperature=0.01):
         """E[H(p(code | z))] - H(E[p(code | z)]): each vector sure of its code, all codes equally popular.
@@ -277,8 +278,7 @@ class VQModel(nn.Module):
         f = self.config.downsample
         if images.shape[-2] % f or images.shape[-1] % f:
             raise InputError(f"images are {images.shape[-1]}x{images.shape[-2]} pixels, but this tokenizer "
-                             f"makes "
-                             f"one token of {f}x{f}: use a width and a height divisible by {f}")
+                             f"makes one token of {f}x{f}: use a width and a height divisible by {f}")
         return self.quant_conv(self.encoder(images))
 
     def tokenize(self, images):
@@ -304,17 +304,18 @@ class VQModel(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def read_checkpoint(path):
+def read_checkpoint(path, mmap=False):
     """Read a .pt file into a dict with at least "model" (a state dict). Never runs code hidden in the file.
 
     Reads this project's checkpoints and the released files, whose weights are under "model" (beside an
     `argparse.Namespace`), under "module" (DeepSpeed), under "state_dict", or bare (FSDP).
+    mmap: leave the tensors on disk until they are used, which saves their size in memory; copy what you keep.
     """
     try:
-        # weights_only refuses every pickled class but tensors and plain containers. Namespace is a bag of
-        # flags.
+        # weights_only refuses every class but tensors and plain containers. Namespace is a bag of flags.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            file = torch.load(path, map_location="cpu", weights_only=True)
+            mmap = mmap and zipfile.is_zipfile(path)     # files from before torch 1.6 cannot be mapped
+            file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: train it first, or pass the right path") from None
     except IsADirectoryError:
@@ -336,8 +337,7 @@ def read_checkpoint(path):
 
 
 def fill_weights(model, weights, path, assign=False):
-    """Put `weights` into `model`, copied or taken over as they are (assign); every
-    name and shape has to fit."""
+    """Put `weights` into `model`, copied or taken over as they are (assign); all names and shapes have to fit."""
     try:
         model.load_state_dict(weights, strict=True, assign=assign)
     except RuntimeError as error:
@@ -345,6 +345,17 @@ def fill_weights(model, weights, path, assign=False):
         raise InputError(f"{path} does not fit this model: {lines[0]}" +
                          (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from None
     return model
+
+
+def build(model_class, config, weights, path, device, dtype):
+    """model_class(config) in eval mode with these weights, on the device in the dtype asked for.
+
+    The model is made without memory (on the meta device) and takes over copies of the weights, one tensor at
+    a time: with memory-mapped weights no more than the finished model is ever held. """
+    with torch.device("meta"):
+        model = model_class(config)
+    copies = {name: w.to(device=device, dtype=dtype, copy=True) for name, w in weights.items()}
+    return fill_weights(model, copies, path, assign=True).to(device).eval()
 
 
 def infer_vq_config(weights, path):
@@ -365,15 +376,13 @@ def infer_vq_config(weights, path):
 
 def load_tokenizer(path, device="cpu"):
     """A VQModel in eval mode from this project's checkpoint or from a released file (vq_ds16_c2i.pt, ...)."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, mmap=True)
     weights = {name: w for name, w in checkpoint["model"].items() if name != "quantize.codebook_used"}
     if "quantize.embedding.weight" not in weights:
         raise InputError(f"{path} is not a tokenizer checkpoint: it has no codebook "
                          f"(quantize.embedding.weight)")
     config = VQConfig(**checkpoint["config"]) if "config" in checkpoint else infer_vq_config(weights, path)
-    with torch.device("meta"):                             # shapes only: no time or memory for a random start
-        vq = VQModel(config)
-    return fill_weights(vq, weights, path, assign=True).to(device=device, dtype=torch.float32).eval()
+    return build(VQModel, config, weights, path, device, torch.float32)
 
 
 def weights_hash(model):

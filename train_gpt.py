@@ -19,8 +19,8 @@ from data import batch_indices, image_grid, load_codes, load_data, to_uint8
 from model import GPT, GPT_SIZES, GPTConfig
 from sample import generate
 from tokenizer import InputError, load_tokenizer, read_checkpoint, weights_hash
-from train_vq import (Clock, Log, add_training_flags, learning_rate, pick_device, positive, random_state,
-                      restore_random_state, resume_state, run, save_checkpoint, update_ema)
+from train_vq import (Clock, Log, add_training_flags, learning_rate, mixed_precision, pick_device, positive,
+                      random_state, restore_random_state, resume_state, run, save_checkpoint, update_ema)
 
 
 def parameter_groups(gpt, weight_decay):
@@ -49,21 +49,22 @@ def validation_loss(gpt, codes, labels, device, count=1000, batch_size=100):
     gpt.eval()
     total, count = torch.zeros((), device=device), min(count, len(labels))
     for i in range(0, count, batch_size):
-        # (B, N)
-        tokens = torch.from_numpy(codes[i:i + batch_size][:count - i, 0].astype(np.int64)).to(device)
-        classes = torch.from_numpy(labels[i:i + batch_size][:count - i]).to(device)                     # (B,)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        rows = slice(i, min(i + batch_size, count))
+        tokens = torch.from_numpy(codes[rows, 0].astype(np.int64)).to(device)    # (B, N)
+        classes = torch.from_numpy(labels[rows]).to(device)                      # (B,)
+        with mixed_precision(device):
             total += gpt(tokens[:, :-1], classes, targets=tokens)[1] * len(tokens)
     gpt.train()
     return (total / count).item()
 
 
-def save_samples(gpt, vq, class_names, device, path, cfg_scale, columns=8, seed=0):
+def save_samples(gpt, vq, class_names, device, path, args, columns=8):
     """A labelled PNG: one row per class (the first ten), the same random numbers every time."""
     names = class_names[:10]
     classes = torch.arange(len(names), device=device).repeat_interleave(columns)
     gpt.eval()
-    tokens = generate(gpt, classes, cfg_scale=cfg_scale, generator=torch.Generator(device).manual_seed(seed))
+    tokens = generate(gpt, classes, cfg_scale=args.cfg_scale, temperature=args.temperature,
+                      generator=torch.Generator(device).manual_seed(args.seed))
     gpt.train()
     with torch.inference_mode():
         pixels = to_uint8(vq.detokenize(tokens)).cpu().numpy()
@@ -73,7 +74,7 @@ def save_samples(gpt, vq, class_names, device, path, cfg_scale, columns=8, seed=
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_flags(parser, out="out/gpt.pt", minutes=6.0)
+    add_training_flags(parser, out="out/gpt.pt", minutes=6.25)
     parser.add_argument("--vq", default="out/vq.pt", help="the tokenizer: train_vq.py's or a released one")
     group = parser.add_argument_group("model")
     group.add_argument("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
@@ -99,7 +100,8 @@ def get_args(argv=None):
     group.add_argument("--clip", type=positive(float), default=1.0, help="largest norm of the gradient")
     group.add_argument("--ema", type=float, default=0.995,
                        help="decay of the averaged weights that are saved; 0: off")
-    group.add_argument("--cfg-scale", type=float, default=3.0, help="guidance of the sample grids")
+    group.add_argument("--cfg-scale", type=float, default=2.5, help="guidance of the sample grids")
+    group.add_argument("--temperature", type=float, default=0.4, help="of the sample grids; 1: as trained")
     return parser.parse_args(argv)
 
 
@@ -114,8 +116,8 @@ def main(args):
         raise InputError(f"--image-size {size}: {args.vq} makes one token of {vq.config.downsample} x "
                          f"{vq.config.downsample} pixels, so the size has to be a multiple of "
                          f"{vq.config.downsample}")
-    splits = {split: load_data(args.data, split, size, args.limit, args.data_dir) for split in ("train",
-                                                                                                "test")}
+    splits = {split: load_data(args.data, split, size, args.limit, args.data_dir)
+              for split in ("train", "test")}
     class_names = splits["train"].class_names
     (codes, labels), (test_codes, test_labels) = (
         load_codes(vq, vq_hash, data, Path(args.out).parent / "codes", device) for data in splits.values())
@@ -133,7 +135,7 @@ def main(args):
     average.load_state_dict(gpt.state_dict())
     average.requires_grad_(False)
     optimizer = torch.optim.AdamW(parameter_groups(gpt, args.weight_decay), lr=args.lr, betas=(0.9, 0.95),
-                                  fused=device.type == "cuda")
+                                  fused=True)
     step, seconds = 0, 0.0
     if state:
         step, seconds = state["step"], state["seconds"]
@@ -142,8 +144,8 @@ def main(args):
         optimizer.load_state_dict(state["optimizer"])
     tokens_per_step = args.batch_size * args.grad_accum * N
     print(f"GPT {args.size}: {sum(p.numel() for p in gpt.parameters()):,} parameters on {device}; "
-          f"{len(labels):,} pictures "
-          f"of {N} tokens in {len(class_names)} classes; {tokens_per_step:,} tokens per step")
+          f"{len(labels):,} pictures of {N} tokens in {len(class_names)} classes; "
+          f"{tokens_per_step:,} tokens per step")
 
     def save(fresh=False):
         best = average if args.ema else gpt
@@ -166,7 +168,7 @@ def main(args):
             group["lr"] = lr
         for _ in range(args.grad_accum):
             tokens, classes = next(batches)                      # (B, N), (B,)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with mixed_precision(device):
                 _, loss = forward(tokens[:, :-1], classes, targets=tokens)
             (loss / args.grad_accum).backward()
             recent += loss.detach() / args.grad_accum
@@ -189,7 +191,7 @@ def main(args):
             nats = validation_loss(best, test_codes, test_labels, device)
             log.write(step=step, validation_loss=nats)
             bar.write(f"step {step}: validation loss {nats:.4f} nats per token")
-            save_samples(best, vq, class_names, device, preview, args.cfg_scale)
+            save_samples(best, vq, class_names, device, preview, args)
             save(fresh)
             fresh = False
     bar.close()
@@ -201,7 +203,7 @@ def main(args):
     nats = validation_loss(best, test_codes, test_labels, device, count=len(test_labels))
     bits = nats / math.log(2) * N / size ** 2            # of the tokens: what the tokenizer lost is not in it
     log.write(step=step, validation_loss=nats, bits_per_pixel=bits)
-    save_samples(best, vq, class_names, device, preview, args.cfg_scale)
+    save_samples(best, vq, class_names, device, preview, args)
     print(f"{step} steps in {minutes:.1f} minutes; over {len(test_labels):,} held-out pictures: "
           f"{nats:.4f} nats per token, {bits:.4f} bits per pixel (ln {config.vocab_size} = "
           f"{math.log(config.vocab_size):.2f})")
