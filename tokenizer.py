@@ -337,7 +337,7 @@ def read_checkpoint(path, mmap=False):
 
 
 def fill_weights(model, weights, path, assign=False):
-    """Put `weights` into `model`, copied or taken over as they are (assign); all names and shapes have to fit."""
+    """Put `weights` into `model`, copied or taken over as they are (assign); names and shapes have to fit."""
     try:
         model.load_state_dict(weights, strict=True, assign=assign)
     except RuntimeError as error:
