@@ -6,9 +6,13 @@
 
 Shapes: M images of a data set, B images of a batch, H x W pixels, K crops per image, N tokens per image.
 Run:    python data.py               # draws out/shapes.png, 40 pictures of the default data set with captions
+        python data.py extract --data imagenet --vq vq_ds16_c2i.pt --image-size 256 --ten-crop 1.1 --out codes
+        python data.py check codes/train --vq vq_ds16_c2i.pt
 """
+import argparse
 import gzip
 import hashlib
+import json
 import math
 import os
 import signal
@@ -16,14 +20,17 @@ import sys
 import tarfile
 import urllib.request
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from tokenizer import InputError
+from tokenizer import InputError, codebook_statistics, load_tokenizer, weights_hash
 
 ARRAY_NAMES = ("shapes", "fashion_mnist", "mnist", "cifar10")
 CACHE = Path(os.environ.get("LLAMAGEN_CACHE", Path.home() / ".cache" / "llamagen"))
@@ -139,7 +146,9 @@ PUBLIC_FILES = {                                                 # (data set, fi
     ("mnist", "t10k-labels-idx1-ubyte.gz"): (MNIST, "ec29112dd5afa0611ce80d1b7f02629c"),
     ("cifar10", "cifar-10-binary.tar.gz"): ("https://www.cs.toronto.edu/~kriz/",
                                             "c32a1d4ab5d03f1284b67883e8d87530"),
-    ("lpips", "vgg16-397923af.pth"): ("https://download.pytorch.org/models/", None),      # sha256 in the name
+    ("inception", "pt_inception-2015-12-05-6726825d.pth"):       # sha256 in the name, as in the next one
+        ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/", None),
+    ("lpips", "vgg16-397923af.pth"): ("https://download.pytorch.org/models/", None),
     ("lpips", "vgg.pth"): ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/",
                            "d507d7349b931f0638a25a48a722f98a"),
 }
@@ -237,6 +246,11 @@ def load_cifar10(split, data_dir):
     return np.ascontiguousarray(images), records[:, 0].astype(np.int64)
 
 
+def imagenet_names():
+    """The names of ImageNet's 1,000 classes in the order of their ids."""
+    return Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()
+
+
 CLASS_NAMES = {
     "shapes": list(KINDS),
     "fashion_mnist": ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
@@ -271,6 +285,13 @@ def load_array(name, split="train", n=None, data_dir=None, size=32):
 # ------------------------------------------------------------------------------------------------------------
 # Image files
 
+def image_files(folder):
+    """All files below a folder whose names end like pictures that Pillow reads, in order."""
+    Image.init()
+    suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    return [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in suffixes]
+
+
 def read_image(path):
     """Any file that Pillow reads, as an RGB picture the right way up; transparent parts become white."""
     image = Image.open(path)
@@ -299,6 +320,24 @@ def center_crop(image, size):
     return pixels[top:top + size, left:left + size]
 
 
+def fixed_crops(image, size, flip=True, ranges=()):
+    """Every version of a picture that is tokenized, uint8 (K, size, size, 3).
+
+    ranges  for each factor r, ten crops: the centre crop at r * size, of it the four corners and the middle,
+            and their mirror images (K = 10 per range). The paper's GPTs saw 1.1, or 1.1 and 1.05.
+            Without ranges: the centre crop (K = 1) and, with flip, its mirror image (K = 2).
+    """
+    views = []
+    for scale in ranges or (1,):
+        pixels = center_crop(image, int(size * scale))
+        end = len(pixels) - size
+        corners = [(0, 0), (0, end), (end, 0), (end, end), (round(end / 2),) * 2] if ranges else [(0, 0)]
+        views += [pixels[top:top + size, left:left + size] for top, left in corners]
+        if flip or ranges:
+            views += [view[:, ::-1] for view in views[-len(corners):]]
+    return np.stack(views)
+
+
 def random_crop(image, size, rng, min_share=0.8):
     """A random square that covers between `min_share` and all of the shorter side, uint8 (size, size, 3)."""
     target = int(rng.integers(size, math.ceil(size / min_share) + 1))
@@ -323,6 +362,11 @@ def batch_indices(count, batch_size, seed, start=0):
         epoch, first = epoch + 1, 0
 
 
+def in_order(count, batch_size):
+    """0 .. count-1 cut into lists."""
+    return [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
+
+
 class ArrayData:
     """A data set held in memory. Indexing is one tensor operation per batch, on the
     device that holds the pixels."""
@@ -333,6 +377,7 @@ class ArrayData:
         self.images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # (M, 3, H, W) uint8
         self.labels = torch.from_numpy(labels)                                               # (M,)
         self.crops = 1                              # one version of each picture: these have no margin to cut
+        self.arguments = dict(name=name, split=split, size=size, n=n, data_dir=data_dir)   # of load_data
 
     def __len__(self):
         return len(self.labels)
@@ -346,10 +391,17 @@ class ArrayData:
         for index in batch_indices(len(self), batch_size, seed, start):
             yield to_float(images[index.to(device)])
 
+    def take(self, batches):
+        """The pictures of each list of indices: uint8 (B, K=1, 3, H, W) and labels (B,)."""
+        for batch in batches:
+            yield self.images[batch][:, None], self.labels[batch]
+
     def passes(self, batch_size):
         """One pass in order: uint8 (B, K=1, 3, H, W) and labels (B,)."""
-        for i in range(0, len(self), batch_size):
-            yield self.images[i:i + batch_size, None], self.labels[i:i + batch_size]
+        return self.take(in_order(len(self), batch_size))
+
+    def warn(self, skipped):
+        """These pictures are whole."""
 
 
 def to_float(images):
@@ -368,12 +420,13 @@ class FolderData(torch.utils.data.Dataset):
     needed.
 
     root/train and root/val (or root/test) are the splits where they exist; else every 20th picture is held
-    out. A file that cannot be read is skipped, and `report_broken` names all of them in one warning. """
+    out. A file that cannot be read is skipped, and `warn` names all of them in one line. """
 
-    def __init__(self, root, split, size=32, n=None, flip=True):
-        self.size, self.flip = size, flip
-        self.crops = 2 if flip else 1                            # the centre, and its mirror image
-        self.captions, self.broken = None, set()
+    def __init__(self, root, split, size=32, n=None, flip=True, ranges=()):
+        self.size, self.flip, self.ranges = size, flip, tuple(ranges)
+        self.crops = 10 * len(self.ranges) or (2 if flip else 1)     # see fixed_crops
+        self.arguments = dict(name=str(root), split=split, size=size, n=n, flip=flip, ranges=list(ranges))
+        self.captions = None
         root = Path(root)
         base = root / "train" if (root / "train").is_dir() else root
         held_out = next((root / name for name in ("val", "test") if base != root and (root / name).is_dir()),
@@ -381,12 +434,9 @@ class FolderData(torch.utils.data.Dataset):
         folders = [f for f in sorted(base.iterdir()) if f.is_dir() and not f.name.startswith(".")]
         self.class_names = [f.name for f in folders] or [base.resolve().name]
         source = held_out if held_out and split == "test" else base
-        Image.init()
-        suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
         files = []                                               # (path, class id)
         for label, name in enumerate(self.class_names):
-            folder = source / name if folders else source
-            files += [(path, label) for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes]
+            files += [(path, label) for path in image_files(source / name if folders else source)]
         if held_out is None and len(files) > 1:
             files = [file for i, file in enumerate(files) if (i % 20 == 0) == (split == "test")]
         # n: every so many-th file, because the first n of an ordered list would all be of the first class
@@ -394,6 +444,7 @@ class FolderData(torch.utils.data.Dataset):
         if not self.files:
             raise InputError(f"{source} holds no pictures: put them into one sub-folder per class, as in "
                              f"{source / 'cat' / 'photo.jpg'}")
+        self.labels = torch.tensor([label for _, label in self.files])
         if all(self.read(i, center_crop) is None for i in range(len(self.files))):
             raise InputError(f"none of the {len(self.files)} pictures in {source} can be read (the first is "
                              f"{self.files[0][0].name}): are they whole, and of a format that Pillow knows?")
@@ -406,7 +457,7 @@ class FolderData(torch.utils.data.Dataset):
         would take hours for ImageNet."""
         stats = ((str(path), path.stat().st_size, path.stat().st_mtime_ns, label)
                  for path, label in self.files)
-        return hashlib.sha256(repr((self.size, self.crops, list(stats))).encode()).hexdigest()
+        return hashlib.sha256(repr((self.size, self.flip, self.ranges, list(stats))).encode()).hexdigest()
 
     def read(self, i, crop, *more):
         """One picture as uint8 (size, size, 3), or None if it cannot be read."""
@@ -423,8 +474,7 @@ class FolderData(torch.utils.data.Dataset):
             pixels = self.read(i, random_crop, rng)
             pixels = pixels if pixels is None or not self.flip or rng.random() < 0.5 else pixels[:, ::-1]
         else:
-            i, pixels = key, self.read(key, center_crop)
-            pixels = pixels if pixels is None else np.stack([pixels, pixels[:, ::-1]][:self.crops])
+            i, pixels = key, self.read(key, fixed_crops, self.flip, self.ranges)
         if pixels is not None:
             pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
         return i, pixels
@@ -437,14 +487,10 @@ class FolderData(torch.utils.data.Dataset):
                                            collate_fn=list, worker_init_fn=ignore_interrupts,
                                            pin_memory=torch.cuda.is_available())
 
-    def readable(self, samples):
-        """The readable ones of a batch of (i, pixels); the others are remembered for report_broken."""
-        self.broken.update(i for i, pixels in samples if pixels is None)
-        return [(i, pixels) for i, pixels in samples if pixels is not None]
-
-    def report_broken(self):
-        if self.broken:
-            names = sorted(str(self.files[i][0]) for i in self.broken)
+    def warn(self, skipped):
+        """One warning that counts and names the pictures with these indices, which cannot be read."""
+        if len(skipped):
+            names = [str(self.files[i][0]) for i in sorted(skipped)]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             print(f"warning: skipped {len(names)} of {len(self)} pictures that cannot be read: "
                   f"{', '.join(names[:5])}{more}", file=sys.stderr)
@@ -455,101 +501,352 @@ class FolderData(torch.utils.data.Dataset):
         keys = ([(i, seed + step) for i in index.tolist()] for step, index in
                 enumerate(batch_indices(len(self), batch_size, seed, start), start))
         for samples in self.loader(keys):
-            images = [pixels for _, pixels in self.readable(samples)]
+            images = [pixels for _, pixels in samples if pixels is not None]
             if images:
                 # Unreadable pictures are replaced by others of the batch, so that its size, and with it the
                 # compiled step, stays the same.
                 images = torch.stack([images[i % len(images)] for i in range(len(samples))])
                 yield to_float(images.to(device, non_blocking=True))
 
+    def take(self, batches):
+        """The pictures of each list of indices: uint8 (B, K, 3, H, W) and labels (B,). What cannot be read is
+        black and has the label -1."""
+        black = torch.zeros(self.crops, 3, self.size, self.size, dtype=torch.uint8)
+        for samples in self.loader(batches):
+            labels = [-1 if pixels is None else self.files[i][1] for i, pixels in samples]
+            yield (torch.stack([black if pixels is None else pixels for _, pixels in samples]),
+                   torch.tensor(labels))
+
     def passes(self, batch_size):
         """One pass in order: uint8 (B, K, 3, H, W) and labels (B,), without the unreadable pictures."""
-        order = [list(range(i, min(i + batch_size, len(self)))) for i in range(0, len(self), batch_size)]
-        for samples in self.loader(order):
-            samples = self.readable(samples)
-            if samples:
-                labels = torch.tensor([self.files[i][1] for i, _ in samples])
-                yield torch.stack([pixels for _, pixels in samples]), labels
-        self.report_broken()
+        batches, skipped = in_order(len(self), batch_size), []
+        for batch, (images, labels) in zip(batches, self.take(batches)):
+            good = labels >= 0
+            skipped += [i for i, fine in zip(batch, good.tolist()) if not fine]
+            if good.any():
+                yield images[good], labels[good]
+        self.warn(skipped)
 
 
 def ignore_interrupts(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def load_data(name, split, size=32, n=None, data_dir=None, flip=True):
+def load_data(name, split, size=32, n=None, data_dir=None, flip=True, ranges=()):
     """The data set that --data names: one of ARRAY_NAMES, or a folder of pictures."""
     if name in ARRAY_NAMES:
+        if ranges:
+            raise InputError(f"{name} has no margin to cut: ten crops are for folders of larger pictures")
         return ArrayData(name, split, size, n, data_dir)
     if not Path(name).is_dir():
         raise InputError(f"--data {name}: neither a folder nor one of {', '.join(ARRAY_NAMES)}")
-    return FolderData(name, split, size, n, flip)
+    return FolderData(name, split, size, n, flip, ranges)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The code cache: every picture as tokens, computed once
+# What every command needs
+
+def positive(kind):
+    """An argparse type: a number of this kind above zero."""
+    def parse(text):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return value
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def pick_device(name):
+    """The device asked for, or the best one present; under torchrun, each process its own GPU."""
+    local = os.environ.get("LOCAL_RANK", "0")
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = f"cuda:{local}" if torch.cuda.is_available() else best
+    try:
+        device = torch.device(name or best)
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--device {name}: not usable here ({reason}); {best} is") from None
+
+
+def run(main, get_args):
+    """Run a command; what the user can mend is told in one line, with exit status 1."""
+    try:
+        main(get_args())
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Long jobs: several processes fill one array on disk, and being killed loses nothing
+
+def rank_and_world():
+    """Which of how many processes this is, as torchrun tells it; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait_for_all():
+    """Under torchrun: go on when every process has come this far."""
+    if rank_and_world()[1] > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=7))   # the slowest may be hours behind
+        dist.barrier()
+
+
+class SharedArray:
+    """A .npy file that one or several processes fill in units of `unit` rows; what is filled survives a kill.
+
+    key   names everything that the rows depend on: an earlier try is continued only if it had the same key
+    mine  the numbers of the units that this process has to fill, evenly shared out
+    rows  the array; write the rows of a unit, then mark done[unit] as DONE, or as SKIPPED to leave them out
+    """
+    DONE, SKIPPED = 1, 2
+
+    def __init__(self, path, shape, dtype, key, unit=1):
+        rank, world = rank_and_world()
+        self.path = Path(path)
+        self.partial = self.path.with_name(f"{self.path.name}.{key}.partial")
+        self.flags = self.path.with_name(f"{self.path.name}.{key}.done")
+        if rank == 0 and not (self.flags.exists() and self.partial.exists()):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(self.partial, mode="w+", dtype=dtype, shape=shape)
+            started = self.flags.with_suffix(".new")             # renamed last: with flags, there are rows
+            np.save(open(started, "wb"), np.zeros(-(-shape[0] // unit), np.uint8))
+            started.replace(self.flags)
+        wait_for_all()
+        self.rows, self.done = (np.load(name, mmap_mode="r+") for name in (self.partial, self.flags))
+        self.mine = np.array_split(np.flatnonzero(self.done == 0), world)[rank]
+        wait_for_all()                                           # all know their share before anyone works
+
+    def finish(self):
+        """Give the file its name once all processes are done. Returns the numbers of the skipped units."""
+        wait_for_all()
+        skipped = np.flatnonzero(self.done == self.SKIPPED)
+        if rank_and_world()[0] == 0:
+            if len(skipped):                                     # close the gaps, a block of rows at a time
+                kept = np.flatnonzero(self.done == self.DONE)
+                dense = self.partial.with_suffix(".dense")
+                rows = np.lib.format.open_memmap(dense, mode="w+", dtype=self.rows.dtype,
+                                                 shape=(len(kept), *self.rows.shape[1:]))
+                for i in range(0, len(kept), 10_000):
+                    rows[i:i + 10_000] = self.rows[kept[i:i + 10_000]]
+                dense.replace(self.path)
+                self.partial.unlink()
+            else:
+                self.partial.replace(self.path)
+            self.flags.unlink()
+        wait_for_all()
+        return skipped
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Codes: every picture as tokens, computed once
+
+PASS = 32                    # pictures in one pass of the tokenizer: always as many, see `tokenize_in_passes`
+
+
+def tokenize_in_passes(vq, images, device):
+    """Tokens (M, N) of images uint8 (M, 3, H, W), PASS pictures at a time, the last pass filled with black.
+
+    Sums round differently in batches of another size, and one time in a million that tips a token over to its
+    neighbour. Passes of one size make the tokens independent of how the pictures were grouped. """
+    tokens = []
+    for block in images.split(PASS):
+        filled = F.pad(block, (0, 0, 0, 0, 0, 0, 0, PASS - len(block)))
+        tokens.append(vq.tokenize(to_float(filled.to(device)))[:len(block)])
+    return torch.cat(tokens)
+
 
 @torch.inference_mode()
-def load_codes(vq, vq_hash, data, folder, device, batch_size=256):
-    """The tokens of a whole data set: codes uint16 (M, K, N), memory-mapped from disk, and labels int64 (M,).
+def extract_codes(vq, vq_hash, data, folder, device, batch_size=32):
+    """Fill `folder` with the tokens of a whole data set, unless they are there. Under torchrun each process
+    does its share; killed, the same call goes on where it was.
 
-    The file's name is a hash of the tokenizer's weights (vq_hash), the data and the crops, so a change of any
-    of them leads to another file and a stale one is never read. It is written under a temporary name and
-    renamed when whole. """
+    codes.npy    uint16 (M, K, N), for np.load(..., mmap_mode="r")
+    labels.npy   int64 (M,)
+    about.json   the data set, its class names, the tokenizer's hash; written last, so with it all is complete
+    """
     if vq.config.codebook_size > 65536:
         raise InputError(f"a codebook of {vq.config.codebook_size:,} entries: tokens are stored in 16 bits, "
                          "so it may have at most 65,536")
-    key = hashlib.sha256(f"{vq_hash} {data.fingerprint()}".encode()).hexdigest()[:16]
-    codes_path, labels_path = (Path(folder) / f"{key}.{part}.npy" for part in ("codes", "labels"))
-    if not codes_path.exists():
-        codes_path.parent.mkdir(parents=True, exist_ok=True)
-        partial = codes_path.with_name(f"{key}.{os.getpid()}.partial")
-        shape, rows, labels = (len(data), data.crops, (data.size // vq.config.downsample) ** 2), 0, []
-        try:
-            codes = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint16, shape=shape)
-            with tqdm(total=len(data), desc="tokenizing", unit=" images") as bar:
-                for images, batch_labels in data.passes(max(batch_size // data.crops, 1)):
-                    tokens = vq.tokenize(to_float(images.to(device).flatten(0, 1)))      # (B K, N)
-                    codes[rows:rows + len(images)] = tokens.unflatten(0, images.shape[:2]).cpu().numpy()
-                    labels.append(batch_labels)
-                    rows += len(images)
-                    bar.update(len(images))
-            # fewer than rows of codes if pictures were unreadable
-            np.save(labels_path, torch.cat(labels).numpy())
-            partial.rename(codes_path)
-        finally:
-            partial.unlink(missing_ok=True)
-    labels = np.load(labels_path)
-    return np.load(codes_path, mmap_mode="r")[:len(labels)], labels
+    folder = Path(folder)
+    key = code_key(vq_hash, data)
+    if (folder / "about.json").exists():
+        if read_about(folder)["key"] != key:
+            raise InputError(f"{folder} holds the codes of other pictures or of another tokenizer: choose "
+                             f"another folder, or delete it")
+        return
+    N = (data.size // vq.config.downsample) ** 2
+    codes = SharedArray(folder / "codes.npy", (len(data), data.crops, N), np.uint16, key)
+    batches = [codes.mine[i:i + batch_size].tolist() for i in range(0, len(codes.mine), batch_size)]
+    with tqdm(total=len(codes.mine), desc="tokenizing", unit=" images") as bar:
+        for batch, (images, labels) in zip(batches, data.take(batches)):
+            tokens = tokenize_in_passes(vq, images.flatten(0, 1), device)                # (B K, N)
+            codes.rows[batch] = tokens.unflatten(0, images.shape[:2]).cpu().numpy()
+            codes.done[batch] = np.where(labels.numpy() < 0, codes.SKIPPED, codes.DONE)
+            bar.update(len(batch))
+    skipped = codes.finish()
+    if rank_and_world()[0] == 0:
+        data.warn(skipped)
+        np.save(folder / "labels.npy", np.delete(data.labels.numpy(), skipped))
+        about = dict(key=key, vq_hash=vq_hash, data=data.arguments, class_names=data.class_names,
+                     skipped=skipped.tolist())
+        (folder / "about.new").write_text(json.dumps(about))
+        (folder / "about.new").replace(folder / "about.json")
+    wait_for_all()
+
+
+def code_key(vq_hash, data):
+    """A name for these pictures, crops and tokenizer weights: codes with the same key are the same."""
+    return hashlib.sha256(f"{vq_hash} {data.fingerprint()}".encode()).hexdigest()[:16]
+
+
+def read_about(folder):
+    try:
+        return json.loads((Path(folder) / "about.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no complete codes ({error}): make them with python data.py "
+                         f"extract") from None
+
+
+def read_codes(folder):
+    """What extract_codes left: codes uint16 (M, K, N), memory-mapped, labels int64 (M,), about (a dict)."""
+    about, folder = read_about(folder), Path(folder)
+    try:
+        return np.load(folder / "codes.npy", mmap_mode="r"), np.load(folder / "labels.npy"), about
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: the codes cannot be read ({error}): extract them again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Pictures for people
 
-def image_grid(images, columns, row_names=(), scale=4, gap=2):
-    """A labelled PNG-ready picture of uint8 images (M, H, W, 3), row by row;
-    row_names are written on the left."""
+def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
+    """A labelled picture, ready for a PNG, of uint8 images (M, H, W, 3), row by row; row_names are written on
+    the left, titles (one per image) above each."""
     M, H, W, _ = images.shape
     scale = max(1, min(scale, 512 // H))
     rows = math.ceil(M / columns)
     font = ImageFont.load_default(size=max(12, min(22, H * scale // 5)))
     margin = max((int(font.getlength(name)) for name in row_names), default=0) + (16 if row_names else 0)
-    cell_h, cell_w = H * scale + gap, W * scale + gap
+    head = 24 if titles else 0
+    cell_h, cell_w = head + H * scale + gap, W * scale + gap
     sheet = Image.new("RGB", (margin + columns * cell_w + gap, rows * cell_h + gap), "white")
-    for i, pixels in enumerate(images):
-        tile = Image.fromarray(pixels).resize((W * scale, H * scale), Image.Resampling.NEAREST)
-        sheet.paste(tile, (margin + gap + i % columns * cell_w, gap + i // columns * cell_h))
     draw = ImageDraw.Draw(sheet)
+    for i, pixels in enumerate(images):
+        x, y = margin + gap + i % columns * cell_w, gap + i // columns * cell_h
+        tile = Image.fromarray(pixels).resize((W * scale, H * scale), Image.Resampling.NEAREST)
+        sheet.paste(tile, (x, y + head))
+        if titles:
+            draw.text((x + 2, y + head // 2), fitted(titles[i], font, cell_w - 4), "black", font, anchor="lm")
     for row, name in enumerate(row_names):
-        draw.text((8, gap + row * cell_h + H * scale // 2), name, fill="black", font=font, anchor="lm")
+        draw.text((8, gap + row * cell_h + H * scale // 2), name, "black", font, anchor="lm")
     return sheet
 
 
+def fitted(text, font, width):
+    """The text, its end cut off where it is longer than `width` pixels."""
+    while font.getlength(text) > width:
+        text = text[:-2].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+    return text
+
+
+def check_codes(folder, vq, vq_hash, device, path, count=8):
+    """Are these codes right? Draws a few source pictures above what their codes decode to, a PNG at `path`,
+    and prints how the codebook is used. A wrong tokenizer, mixed-up rows or a shifted crop show at once."""
+    codes, labels, about = read_codes(folder)
+    if about["vq_hash"] != vq_hash:
+        print(f"warning: {folder} was made with another tokenizer than this one", file=sys.stderr)
+    data = load_data(**about["data"])
+    if code_key(about["vq_hash"], data) != about["key"]:
+        print(f"warning: the pictures of {about['data']['name']} have changed since the extraction",
+              file=sys.stderr)
+    counts = np.zeros(vq.config.codebook_size, np.int64)
+    for i in range(0, len(codes), 10_000):
+        counts += np.bincount(codes[i:i + 10_000].ravel(), minlength=len(counts))[:len(counts)]
+    usage, perplexity = codebook_statistics(torch.from_numpy(counts))
+    print(f"{len(codes):,} pictures x {codes.shape[1]} crops x {codes.shape[2]} tokens, "
+          f"{len(about['class_names'])} classes, {len(about['skipped'])} pictures skipped")
+    print(f"{usage:.1%} of {len(counts):,} codebook entries used; entropy {math.log2(perplexity):.2f} of at "
+          f"most {math.log2(len(counts)):.2f} bits per token")
+    rows = np.linspace(0, len(codes) - 1, min(count, len(codes))).astype(int)
+    crops = np.arange(len(rows)) % codes.shape[1]                # another crop of every picture shown
+    sources = np.delete(np.arange(len(data)), about["skipped"])[rows].tolist()
+    images, _ = next(iter(data.take([sources])))
+    images = images[torch.arange(len(rows)), torch.from_numpy(crops)].permute(0, 2, 3, 1).numpy()
+    with torch.inference_mode():
+        tokens = torch.from_numpy(codes[rows, crops].astype(np.int64)).to(device)
+        decoded = to_uint8(vq.detokenize(tokens)).cpu().numpy()
+    mse = np.square(images.astype(float) - decoded).mean(axis=(1, 2, 3))
+    psnr = 10 * np.log10(255 ** 2 / mse.clip(1e-4))
+    print(f"PSNR of the {len(rows)} pictures drawn: {psnr.mean():.2f} dB")
+    image_grid(np.concatenate([images, decoded]), len(rows), ("source", "decoded")).save(path)
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command")
+    draw = commands.add_parser("draw", help="draw 40 pictures of the default data set (the default)")
+    draw.add_argument("--out", default="out/shapes.png", help="the PNG")
+    extract = commands.add_parser("extract", help="tokenize a data set once, for train_gpt.py --codes")
+    extract.add_argument("--data", required=True, help=f"{', '.join(ARRAY_NAMES)}, or a folder of pictures")
+    extract.add_argument("--data-dir", help="where to look for the data set's files first")
+    extract.add_argument("--out", required=True, help="folder of the codes; train/ and test/ are made in it")
+    extract.add_argument("--splits", nargs="+", default=["train", "test"], choices=["train", "test"],
+                         help="which parts of the data set")
+    extract.add_argument("--image-size", type=positive(int), default=32, help="side of a crop in pixels")
+    extract.add_argument("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
+                         help="ten crops of the centre crop at RANGE times the size, for each RANGE: "
+                              "1.1 1.05; if left out, the centre crop and its mirror image")
+    extract.add_argument("--limit", type=positive(int), help="only so many pictures of each split")
+    extract.add_argument("--batch-size", type=positive(int), default=32,
+                         help="pictures read at a time; does not change the codes")
+    check = commands.add_parser("check", help="decode a few codes beside their source pictures")
+    check.add_argument("codes", help="a folder that extract wrote, such as codes/train")
+    check.add_argument("--out", default="out/check.png", help="the PNG")
+    for command in (extract, check):
+        command.add_argument("--vq", default="out/vq.pt", help="the tokenizer")
+        command.add_argument("--device", help="cuda, mps or cpu; the best one present if left out")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    if args.command in (None, "draw"):
+        path = Path(args.out if args.command else "out/shapes.png")
+        images, items = draw_shapes("train", 0, 40)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image_grid(images, columns=8).save(path)
+        print(f"shapes   {images.shape} {images.dtype}; 40 of {SHAPES_COUNT['train']:,} training pictures "
+              f"-> {path}")
+        for item in items[:4]:
+            print(f"         {item['caption']}")
+        return
+    device = pick_device(args.device)
+    vq = load_tokenizer(args.vq, device)
+    vq_hash = weights_hash(vq)
+    if args.command == "check":
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        check_codes(args.codes, vq, vq_hash, device, args.out)
+        print(f"wrote {args.out}")
+        return
+    if args.image_size % vq.config.downsample:
+        raise InputError(f"--image-size {args.image_size} is not a multiple of {vq.config.downsample}, the "
+                         f"pixels that {args.vq} makes one token of")
+    if any(scale < 1 for scale in args.ten_crop):
+        raise InputError("--ten-crop: a range below 1 leaves no room for the crops")
+    for split in args.splits:
+        data = load_data(args.data, split, args.image_size, args.limit, args.data_dir, ranges=args.ten_crop)
+        extract_codes(vq, vq_hash, data, Path(args.out) / split, device, args.batch_size)
+        codes, labels, _ = read_codes(Path(args.out) / split)
+        if rank_and_world()[0] == 0:
+            print(f"{split}: codes {codes.shape} {codes.dtype}, {codes.nbytes / 1e6:,.1f} MB "
+                  f"-> {args.out}/{split}")
+
+
 if __name__ == "__main__":
-    images, items = draw_shapes("train", 0, 40)
-    Path("out").mkdir(exist_ok=True)
-    image_grid(images, columns=8).save("out/shapes.png")
-    print(f"shapes   {images.shape} {images.dtype}; 40 of {SHAPES_COUNT['train']:,} training pictures -> "
-          f"out/shapes.png")
-    for item in items[:4]:
-        print(f"         {item['caption']}")
+    run(main, get_args)

@@ -7,6 +7,7 @@ Paper:  LlamaGen (arXiv 2406.06525) section 2.2; guidance: Ho & Salimans 2022;
 Run:    python sample.py             # a labelled grid of the model that train_gpt.py left in out/
 """
 import argparse
+import hashlib
 import math
 import os
 import time
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import image_grid, to_uint8
+from data import (SharedArray, image_grid, imagenet_names, pick_device, positive, rank_and_world, run,
+                  to_uint8)
 from model import gpt_from_checkpoint
 from tokenizer import InputError, load_tokenizer, read_checkpoint, weights_hash
-from train_vq import pick_device, positive, run
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -102,10 +104,10 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
 
 def parse_classes(text, class_names):
     """"0,3,heart" -> [0, 3, 6]: ids or names of the model's classes."""
-    classes = []
+    classes, lowered = [], [name.lower() for name in class_names]
     for word in (word.strip() for word in text.split(",")):
-        if word in class_names:
-            classes.append(class_names.index(word))
+        if word.lower() in lowered:
+            classes.append(lowered.index(word.lower()))
         elif word.isdecimal() and int(word) < len(class_names):
             classes.append(int(word))
         else:
@@ -116,7 +118,11 @@ def parse_classes(text, class_names):
 
 
 def load_models(args, device):
-    """The GPT, its tokenizer and the names of its classes; one line if the two do not belong together."""
+    """The GPT, its tokenizer, the names of its classes, and whether it is our own or a released one. One line
+    if the two do not belong together."""
+    if args.image_size and args.image_size % 16:
+        raise InputError(f"--image-size {args.image_size}: released GPTs draw one token per 16 pixels, so it "
+                         f"has to be a multiple of 16")
     checkpoint = read_checkpoint(args.gpt, mmap=True)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     gpt = gpt_from_checkpoint(checkpoint, args.gpt, args.image_size, device, dtype)
@@ -130,36 +136,60 @@ def load_models(args, device):
     if "vq_hash" in checkpoint and checkpoint["vq_hash"] != weights_hash(vq):
         raise InputError(f"{args.gpt} and {args.vq} do not belong together: the GPT was trained on the "
                          "tokens of another tokenizer. Pass that one as --vq, or run train_gpt.py again")
-    names = checkpoint.get("class_names") or [str(i) for i in range(gpt.config.num_classes)]
-    return gpt, vq, names
+    names, own = checkpoint.get("class_names"), "class_names" in checkpoint
+    if not own:                                                  # a released file
+        K = gpt.config.num_classes
+        names = imagenet_names() if K == 1000 else [str(i) for i in range(K)]
+    return gpt, vq, names, own
 
 
-def sample_images(gpt, vq, classes, args, device):
-    """Pictures of the given classes, uint8 (M, H, W, 3), in batches; prints how fast that was."""
-    generator = torch.Generator(device).manual_seed(args.seed)
-    classes = torch.tensor(classes, device=device)
-    side = math.isqrt(gpt.config.block_size) * vq.config.downsample
-    images = np.empty((len(classes), side, side, 3), np.uint8)
-    started = time.perf_counter()
-    for i in tqdm(range(0, len(classes), args.batch_size), desc="sampling", unit=" batches"):
-        tokens = generate(gpt, classes[i:i + args.batch_size], None, args.cfg_scale, args.cfg_interval,
-                          args.temperature, args.top_k, args.top_p, generator=generator)
-        with torch.inference_mode():
-            images[i:i + args.batch_size] = to_uint8(vq.detokenize(tokens)).cpu().numpy()
+def sample_batch(gpt, vq, labels, number, args, device):
+    """Pictures of these classes, uint8 (B, H, W, 3). The random numbers come from --seed and the batch's
+    number alone, so it does not matter which process draws it, or when."""
+    seed = np.random.SeedSequence((args.seed, number)).generate_state(1, np.uint64).item()
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = generate(gpt, torch.from_numpy(labels).to(device), None, args.cfg_scale, args.cfg_interval,
+                      args.temperature, args.top_k, args.top_p, generator=generator)
+    with torch.inference_mode():
+        images = vq.detokenize(tokens).float()                   # (B, 3, H, W), about -1 .. 1
+        if args.image_size_eval:
+            images = F.interpolate(images, size=(args.image_size_eval,) * 2, mode="bicubic")
+        return to_uint8(images).cpu().numpy()
+
+
+def sample_all(gpt, vq, labels, images, args, device, numbers=None, filled=None):
+    """Fill `images` (M, H, W, 3) batch by batch, all or those with these numbers; prints the speed."""
+    started, count = time.perf_counter(), 0
+    numbers = range(-(-len(labels) // args.batch_size)) if numbers is None else numbers
+    for number in tqdm(numbers, desc="sampling", unit=" batches"):
+        rows = slice(number * args.batch_size, (number + 1) * args.batch_size)
+        images[rows] = sample_batch(gpt, vq, labels[rows], number, args, device)
+        if filled is not None:
+            filled[number] = SharedArray.DONE
+        count += len(labels[rows])
     seconds = time.perf_counter() - started
-    print(f"{len(images)} images in {seconds:.1f} s on {device}: "
-          f"{len(images) * gpt.config.block_size / seconds:,.0f} tokens/s, "
-          f"{len(images) / seconds:.2f} images/s")
-    return images
+    if count:
+        print(f"{count} images in {seconds:.1f} s on {device}: "
+              f"{count * gpt.config.block_size / seconds:,.0f} tokens/s, {count / seconds:.2f} images/s")
 
 
-def save_npz(path, images, labels):
-    """The evaluators' format: arr_0 uint8 (M, H, W, 3), label int64 (M,)."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:                  # a file object, or NumPy would append .npz to the name
-        np.savez(file, arr_0=images, label=labels)
-    partial.replace(path)
+def sample_npz(gpt, vq, labels, side, args, device):
+    """Write --npz, the evaluators' format: arr_0 uint8 (M, H, W, 3), label int64 (M,). Under torchrun each
+    process draws its share of the batches; interrupted, the same command goes on where it was."""
+    path = Path(args.npz)
+    files = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in (args.gpt, args.vq)]
+    flags = {name: value for name, value in vars(args).items() if name not in ("device", "compile", "out")}
+    key = hashlib.sha256(repr((files, flags)).encode()).hexdigest()[:16]
+    whole = path.with_name(f"{path.name}.arr_0")
+    array = SharedArray(whole, (len(labels), side, side, 3), np.uint8, key, unit=args.batch_size)
+    sample_all(gpt, vq, labels, array.rows, args, device, array.mine, array.done)
+    array.finish()
+    if rank_and_world()[0] == 0:
+        packed = path.with_name(f"{path.name}.packed")
+        with open(packed, "wb") as file:               # a file object, or NumPy would append .npz to the name
+            np.savez(file, arr_0=np.load(whole, mmap_mode="r"), label=labels)
+        packed.replace(path)
+        whole.unlink()
 
 
 def get_args(argv=None):
@@ -173,16 +203,22 @@ def get_args(argv=None):
     group = parser.add_argument_group("what to draw")
     group.add_argument("--classes",
                        help="ids or names, separated by commas: one row each; all (at most ten) if left out")
-    group.add_argument("--per-class", type=positive(int), default=8, help="pictures per row")
+    group.add_argument("--per-class", type=positive(int),
+                       help="pictures of each class; 8 if left out, 1 for a released GPT")
     group.add_argument("--out", default="out/samples.png", help="the labelled grid")
-    group.add_argument("--npz", help="instead of a grid, write --num-samples pictures for fid.py, balanced "
-                                     "over classes")
+    group.add_argument("--npz", help="instead of a grid, write --num-samples pictures for fid.py")
     group.add_argument("--num-samples", type=positive(int), default=1000, help="pictures in the --npz")
+    group.add_argument("--random-classes", action="store_true",
+                       help="draw the classes of the --npz at random, as the paper did, instead of balanced")
+    group.add_argument("--image-size-eval", type=positive(int),
+                       help="resize the pictures to this side (bicubic); 256 in the paper")
     group = parser.add_argument_group("how to sample")
-    group.add_argument("--cfg-scale", type=float, default=2.5, help="guidance; 1: none, 0: unconditional")
+    group.add_argument("--cfg-scale", type=float,
+                       help="guidance; 1: none, 0: unconditional; if left out 2.5, for a released GPT 4")
     group.add_argument("--cfg-interval", type=int, default=-1, help="i: guide tokens 0 to i+1 only; -1: all")
-    group.add_argument("--temperature", type=float, default=0.4,
-                       help="below 1: less varied; 0: the likeliest token")
+    group.add_argument("--temperature", type=float,
+                       help="below 1: less varied; 0: the likeliest token; if left out 0.4, for a released "
+                            "GPT 1")
     group.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
     group.add_argument("--top-p", type=float, default=1.0,
                        help="draw from the likeliest tokens that make up this share")
@@ -194,29 +230,42 @@ def get_args(argv=None):
     group.add_argument("--compile", action="store_true",
                        help="torch.compile one decoding step: slow start, faster steps")
     args = parser.parse_args(argv)
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+    if (args.temperature or 0) < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("--temperature and --top-k have to be 0 or more, --top-p above 0 and at most 1")
     return args
 
 
 def main(args):
     device = pick_device(args.device)
-    gpt, vq, names = load_models(args, device)
+    gpt, vq, names, own = load_models(args, device)
+    if args.cfg_scale is None:
+        args.cfg_scale = 2.5 if own else 4.0
+    if args.temperature is None:                         # small models err less often when they dare less
+        args.temperature = 0.4 if own else 1.0
     classes = parse_classes(args.classes, names) if args.classes else list(range(len(names)))
+    side = args.image_size_eval or math.isqrt(gpt.config.block_size) * vq.config.downsample
     target = Path(args.npz or args.out)
     target.parent.mkdir(parents=True, exist_ok=True)
     if args.compile:
         gpt.step = torch.compile(gpt.step, fullgraph=True, dynamic=False)
     if args.npz:
-        labels = np.arange(args.num_samples) % len(classes)
-        labels = np.array(classes)[labels]
-        save_npz(target, sample_images(gpt, vq, labels.tolist(), args, device), labels)
+        labels = np.array(classes)[np.arange(args.num_samples) % len(classes)]
+        if args.random_classes:
+            labels = np.random.default_rng(args.seed).choice(classes, args.num_samples)
+        sample_npz(gpt, vq, labels, side, args, device)
     else:
         classes = classes[:10] if args.classes is None else classes
-        labels = [c for c in classes for _ in range(args.per_class)]
-        images = sample_images(gpt, vq, labels, args, device)
-        image_grid(images, args.per_class, row_names=[names[c] for c in classes]).save(target)
-    print(f"wrote {target}")
+        per_class = args.per_class or (8 if own else 1)
+        labels = np.repeat(classes, per_class)
+        images = np.empty((len(labels), side, side, 3), np.uint8)
+        sample_all(gpt, vq, labels, images, args, device)
+        if per_class == 1:
+            sheet = image_grid(images, 4, titles=[names[c] for c in classes])
+        else:
+            sheet = image_grid(images, per_class, row_names=[names[c] for c in classes])
+        sheet.save(target)
+    if rank_and_world()[0] == 0:
+        print(f"wrote {target}")
 
 
 if __name__ == "__main__":

@@ -366,12 +366,15 @@ def infer_vq_config(weights, path):
         n_levels = count("encoder.conv_blocks.%d.res.0.conv1.weight")
         width = lambda i: weights[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0]
         V, C = weights["quantize.embedding.weight"].shape
-        return VQConfig(codebook_size=V, codebook_embed_dim=C, ch=ch,
-                        ch_mult=tuple(width(i) // ch for i in range(n_levels)),
-                        z_channels=weights["quant_conv.weight"].shape[1],
-                        num_res_blocks=count("encoder.conv_blocks.0.res.%d.conv1.weight"))
+        shape = dict(ch=ch, ch_mult=tuple(width(i) // ch for i in range(n_levels)),
+                     z_channels=weights["quant_conv.weight"].shape[1],
+                     num_res_blocks=count("encoder.conv_blocks.0.res.%d.conv1.weight"))
     except KeyError as error:
         raise InputError(f"{path} is not a tokenizer checkpoint: it has no tensor named {error}") from None
+    # The number of groups leaves no trace in the shapes: it is that of the fitting row of VQ_SIZES, else 32.
+    rows = (VQConfig(**size) for size in VQ_SIZES.values())
+    groups = [row.norm_groups for row in rows if all(getattr(row, k) == v for k, v in shape.items())]
+    return VQConfig(codebook_size=V, codebook_embed_dim=C, norm_groups=(groups or [32])[0], **shape)
 
 
 def load_tokenizer(path, device="cpu"):
@@ -383,6 +386,13 @@ def load_tokenizer(path, device="cpu"):
                          f"(quantize.embedding.weight)")
     config = VQConfig(**checkpoint["config"]) if "config" in checkpoint else infer_vq_config(weights, path)
     return build(VQModel, config, weights, path, device, torch.float32)
+
+
+def codebook_statistics(counts):
+    """From how often each entry was used, (V,): the share of entries used at all, and the perplexity exp(H),
+    H = -sum p ln p: so many equally popular entries would be as varied."""
+    p = counts[counts > 0].double() / counts.sum()
+    return (counts > 0).double().mean().item(), (-(p * p.log()).sum()).exp().item()
 
 
 def weights_hash(model):

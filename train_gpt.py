@@ -15,12 +15,13 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from data import batch_indices, image_grid, load_codes, load_data, to_uint8
+from data import (batch_indices, code_key, extract_codes, image_grid, load_data, pick_device, positive,
+                  read_about, read_codes, run, to_uint8)
 from model import GPT, GPT_SIZES, GPTConfig
 from sample import generate
 from tokenizer import InputError, load_tokenizer, read_checkpoint, weights_hash
-from train_vq import (Clock, Log, add_training_flags, learning_rate, mixed_precision, pick_device, positive,
-                      random_state, restore_random_state, resume_state, run, save_checkpoint, update_ema)
+from train_vq import (Clock, Log, add_training_flags, learning_rate, mixed_precision, random_state,
+                      restore_random_state, resume_state, save_checkpoint, update_ema)
 
 
 def parameter_groups(gpt, weight_decay):
@@ -28,6 +29,30 @@ def parameter_groups(gpt, weight_decay):
     parameters = list(gpt.parameters())
     return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+
+
+def prepare_codes(args, vq, vq_hash, device):
+    """The tokens of the training and of the held-out pictures, each as read_codes gives it: those in --codes,
+    or made now from --data and kept beside --out for the next run."""
+    splits = ("train", "test")
+    if args.codes:
+        folders = [Path(args.codes) / split for split in splits]
+        if any(read_about(folder)["vq_hash"] != vq_hash for folder in folders):
+            raise InputError(f"{args.codes} and {args.vq} do not belong together: the codes are those of "
+                             f"another tokenizer")
+        return [read_codes(folder) for folder in folders]
+    size = args.image_size or read_checkpoint(args.vq).get("image_size", 256)    # 256: a released tokenizer
+    if size % vq.config.downsample:
+        raise InputError(f"--image-size {size}: {args.vq} makes one token of {vq.config.downsample} x "
+                         f"{vq.config.downsample} pixels, so the size has to be a multiple of "
+                         f"{vq.config.downsample}")
+    all_codes = []
+    for split in splits:
+        data = load_data(args.data, split, size, args.limit, args.data_dir, ranges=args.ten_crop)
+        folder = Path(args.out).parent / "codes" / code_key(vq_hash, data)
+        extract_codes(vq, vq_hash, data, folder, device)
+        all_codes.append(read_codes(folder))
+    return all_codes
 
 
 def code_batches(codes, labels, batch_size, seed, start=0, device="cpu"):
@@ -76,6 +101,10 @@ def get_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_flags(parser, out="out/gpt.pt", minutes=6.25)
     parser.add_argument("--vq", default="out/vq.pt", help="the tokenizer: train_vq.py's or a released one")
+    parser.add_argument("--codes", help="a folder that data.py extract filled, instead of --data")
+    parser.add_argument("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
+                        help="tokenize ten crops of the picture at RANGE times the size: 1.1 1.05 in the "
+                             "paper; if left out, the centre crop and its mirror image")
     group = parser.add_argument_group("model")
     group.add_argument("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
     group.add_argument("--image-size", type=positive(int),
@@ -111,17 +140,8 @@ def main(args):
     torch.manual_seed(args.seed)
     vq = load_tokenizer(args.vq, device)
     vq_hash = weights_hash(vq)
-    size = args.image_size or read_checkpoint(args.vq).get("image_size", 256)    # 256: a released tokenizer
-    if size % vq.config.downsample:
-        raise InputError(f"--image-size {size}: {args.vq} makes one token of {vq.config.downsample} x "
-                         f"{vq.config.downsample} pixels, so the size has to be a multiple of "
-                         f"{vq.config.downsample}")
-    splits = {split: load_data(args.data, split, size, args.limit, args.data_dir)
-              for split in ("train", "test")}
-    class_names = splits["train"].class_names
-    (codes, labels), (test_codes, test_labels) = (
-        load_codes(vq, vq_hash, data, Path(args.out).parent / "codes", device) for data in splits.values())
-    del splits                                                   # the pixels have done their work
+    (codes, labels, about), (test_codes, test_labels, _) = prepare_codes(args, vq, vq_hash, device)
+    class_names, size = about["class_names"], about["data"]["size"]
     args.batch_size = min(args.batch_size, len(labels))
     N = codes.shape[2]
     config = GPTConfig(**GPT_SIZES[args.size], vocab_size=vq.config.codebook_size, block_size=N,

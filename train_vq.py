@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from data import find_file, image_grid, load_data, to_float, to_uint8
-from tokenizer import VQ_SIZES, InputError, VQConfig, VQModel, fill_weights, read_checkpoint
+from data import find_file, image_grid, load_data, pick_device, positive, run, to_float, to_uint8
+from tokenizer import (VQ_SIZES, InputError, VQConfig, VQModel, codebook_statistics, fill_weights,
+                       load_tokenizer, read_checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -166,29 +167,6 @@ def add_training_flags(parser, out, minutes):
     group.add_argument("--log-every", type=positive(int), default=20, help="steps between lines of the log")
 
 
-def positive(kind):
-    """An argparse type: a number of this kind above zero."""
-    def parse(text):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above zero")
-        return value
-    parse.__name__ = f"positive {kind.__name__}"
-    return parse
-
-
-def pick_device(name):
-    """The device asked for, or the best one present."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name or best)
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"--device {name}: not usable here ({reason}); {best} is") from None
-
-
 @contextmanager
 def mixed_precision(device):
     """Matrix products in bf16, weights in float32, where the hardware is made for it: CUDA, CPUs with AMX."""
@@ -264,14 +242,6 @@ def save_checkpoint(path, fresh=False, **contents):
         partial.unlink(missing_ok=True)
 
 
-def run(main, get_args):
-    """Run a command; what the user can mend is told in one line, with exit status 1."""
-    try:
-        main(get_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
-
-
 def random_state(device):
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -312,24 +282,28 @@ class Log:
 # Measuring a tokenizer
 
 @torch.inference_mode()
-def evaluate(vq, data, device, count=None, batch_size=256):
-    """PSNR (dB, mean over pictures), share of the codebook in use and its
-    perplexity, over the first `count` pictures."""
-    counts = torch.zeros(vq.config.codebook_size, device=device)
-    psnr, seen = [], 0
+def reconstructions(vq, data, device, batch_size=256):
+    """One pass over a data set: pictures and reconstructions, both uint8 (B, 3, H, W), and tokens (B, N)."""
     for images, _ in data.passes(batch_size):
-        images = images[:, 0].to(device)                         # (B, 3, H, W) uint8: the centre crop
+        images = images[:, 0].to(device)                         # the first crop is the centre
         tokens = vq.tokenize(to_float(images))
-        pixels = to_uint8(vq.detokenize(tokens)).permute(0, 3, 1, 2)
-        mse = (pixels.float() - images.float()).square().mean(dim=(1, 2, 3)).clamp(min=1e-4)
-        psnr.append(10 * (255 ** 2 / mse).log10())
+        yield images, to_uint8(vq.detokenize(tokens)).permute(0, 3, 1, 2), tokens
+
+
+def peak_signal_to_noise(a, b):
+    """PSNR = 10 log10(255^2 / mean (a - b)^2) in dB, (B,), of images uint8 (B, 3, H, W)."""
+    mse = (a.float() - b.float()).square().mean(dim=(1, 2, 3)).clamp(min=1e-4)
+    return 10 * (255 ** 2 / mse).log10()
+
+
+def evaluate(vq, data, device):
+    """PSNR (dB, mean over pictures), share of the codebook in use and its perplexity."""
+    counts = torch.zeros(vq.config.codebook_size, device=device)
+    psnr = []
+    for images, recon, tokens in reconstructions(vq, data, device):
+        psnr.append(peak_signal_to_noise(images, recon))
         counts += torch.bincount(tokens.flatten(), minlength=len(counts))
-        seen += len(images)
-        if count and seen >= count:
-            break
-    p = counts / counts.sum()
-    perplexity = (-(p * (p + 1e-10).log()).sum()).exp()
-    return torch.cat(psnr).mean().item(), (counts > 0).float().mean().item(), perplexity.item()
+    return torch.cat(psnr).mean().item(), *codebook_statistics(counts)
 
 
 @torch.inference_mode()
@@ -368,6 +342,7 @@ def get_args(argv=None):
                        help="a row of VQ_SIZES in tokenizer.py")
     group.add_argument("--image-size", type=positive(int), default=32, help="side of the pictures in pixels")
     group.add_argument("--codebook-size", type=positive(int), help="V, instead of the size's own")
+    group.add_argument("--init", help="start from the weights of this tokenizer: fine-tune a released one")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--batch-size", type=positive(int), default=32,
                        help="pictures per step; 128 in the paper")
@@ -403,10 +378,10 @@ def main(args):
     state = resume_state(args)
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
-    size = dict(VQ_SIZES[args.size])
-    if args.codebook_size:
-        size["codebook_size"] = args.codebook_size
-    config = VQConfig(**size, commitment_weight=args.commitment_weight, entropy_weight=args.entropy_weight)
+    start = load_tokenizer(args.init) if args.init else None
+    config = start.config if start else VQConfig(**VQ_SIZES[args.size])
+    config = replace(config, codebook_size=args.codebook_size or config.codebook_size,
+                     commitment_weight=args.commitment_weight, entropy_weight=args.entropy_weight)
     if config.codebook_size > 65536:
         raise InputError(f"--codebook-size {config.codebook_size}: tokens are stored in 16 bits, so 65,536 "
                          f"is the most")
@@ -421,6 +396,8 @@ def main(args):
     test = load_data(args.data, "test", args.image_size, args.limit, args.data_dir)
     args.batch_size = min(args.batch_size, len(train))
     vq, average = VQModel(config).to(device), VQModel(config).to(device)
+    if start:
+        fill_weights(vq, start.state_dict(), args.init)
     average.load_state_dict(vq.state_dict())
     average.eval().requires_grad_(False)
     optimizer = torch.optim.Adam(vq.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)

@@ -2,8 +2,13 @@
 import gzip
 import hashlib
 import io
+import os
+import re
+import subprocess
+import sys
 import tarfile
 import urllib.error
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,10 +16,12 @@ import torch
 from PIL import Image
 
 import data
-from data import (KINDS, ArrayData, FolderData, batch_indices, center_crop, draw_shapes, load_array,
-                  load_codes, load_data,
-                  random_crop, read_idx, read_image, shape_attributes)
-from tokenizer import InputError, VQConfig, VQModel
+from conftest import ROOT
+from data import (KINDS, ArrayData, FolderData, batch_indices, center_crop, draw_shapes, extract_codes,
+                  fixed_crops, load_array, load_data, random_crop, read_codes, read_idx, read_image,
+                  shape_attributes)
+from model import GPT, GPT_SIZES, GPTConfig
+from tokenizer import VQ_SIZES, InputError, VQConfig, VQModel
 
 
 # shapes
@@ -265,35 +272,128 @@ def test_batches_go_through_every_picture_and_a_resumed_run_sees_the_same(tmp_pa
     assert torch.equal(next(folder.batches(4, seed=0, start=6)), seen[6])
 
 
-# the code cache
+# codes
 
-def test_codes_are_computed_once_and_again_when_anything_changes(tmp_path, monkeypatch):
-    vq = VQModel(VQConfig(codebook_size=64, ch=32, ch_mult=(1, 2), z_channels=32)).eval()
-    calls = []
-    tokenize = vq.tokenize
+@pytest.fixture
+def vq():
+    return VQModel(VQConfig(codebook_size=64, ch=32, ch_mult=(1, 2), z_channels=32)).eval()
+
+
+def test_codes_are_the_tokens_and_are_computed_only_once(tmp_path, monkeypatch, vq):
+    calls, tokenize = [], vq.tokenize
     monkeypatch.setattr(vq, "tokenize", lambda x: calls.append(1) or tokenize(x))
-    shapes = ArrayData("shapes", "test", 32, 20)
-    codes, labels = load_codes(vq, "a", shapes, tmp_path, "cpu", batch_size=8)
-    assert codes.dtype == np.uint16 and codes.shape == (20, 1, 256) and np.array_equal(labels, shapes.labels)
-    # the same batch size: sums may round differently in another
-    expected = tokenize(data.to_float(shapes.images[:8]))
-    assert np.array_equal(codes[:8, 0], expected.numpy())
-    assert len(calls) == 3
-    load_codes(vq, "a", shapes, tmp_path, "cpu")
-    assert len(calls) == 3                                       # reused
-    load_codes(vq, "b", shapes, tmp_path, "cpu")
-    assert len(calls) == 4                                       # another tokenizer
-    load_codes(vq, "a", ArrayData("shapes", "test", 32, 19), tmp_path, "cpu")
-    assert len(calls) == 5                                       # other pictures
-    assert len(list(tmp_path.iterdir())) == 6                    # two files each, nothing partial
+    shapes = ArrayData("shapes", "test", 32, 40)
+    extract_codes(vq, "a", shapes, tmp_path / "a", "cpu")
+    codes, labels, about = read_codes(tmp_path / "a")
+    assert codes.dtype == np.uint16 and codes.shape == (40, 1, 256) and np.array_equal(labels, shapes.labels)
+    assert about["class_names"] == list(KINDS) and about["skipped"] == []
+    assert np.array_equal(codes[:32, 0], tokenize(data.to_float(shapes.images[:32])).numpy())
+    assert len(calls) == 2
+    extract_codes(vq, "a", shapes, tmp_path / "a", "cpu")
+    assert len(calls) == 2                                       # reused
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"about.json", "codes.npy", "labels.npy"}
+    with pytest.raises(InputError, match="other pictures or of another tokenizer"):
+        extract_codes(vq, "b", shapes, tmp_path / "a", "cpu")
+    with pytest.raises(InputError, match="other pictures or of another tokenizer"):
+        extract_codes(vq, "a", ArrayData("shapes", "test", 32, 39), tmp_path / "a", "cpu")
 
 
-def test_codes_of_a_folder_hold_the_mirror_image_and_skip_broken_files(tmp_path):
+def test_codes_of_a_folder_skip_broken_files_and_keep_the_labels_in_step(tmp_path, capsys, vq):
     make_folder(tmp_path / "set", 3)
     (tmp_path / "set" / "cat" / "01.png").write_bytes(b"broken")
-    vq = VQModel(VQConfig(codebook_size=64, ch=32, ch_mult=(1, 2), z_channels=32)).eval()
-    codes, labels = load_codes(vq, "a", FolderData(tmp_path / "set", "train", 16), tmp_path, "cpu")
-    assert codes.shape == (4, 2, 64) and labels.tolist() == [0, 1, 1, 1]
+    folder = FolderData(tmp_path / "set", "train", 16)
+    extract_codes(vq, "a", folder, tmp_path / "a", "cpu", batch_size=2)
+    codes, labels, about = read_codes(tmp_path / "a")
+    assert codes.shape == (4, 2, 64) and labels.tolist() == [0, 1, 1, 1] and about["skipped"] == [0]
+    assert "skipped 1 of 5" in capsys.readouterr().err
+    images, _ = next(folder.passes(5))
+    assert np.array_equal(codes, data.tokenize_in_passes(vq, images.flatten(0, 1), "cpu").view(4, 2, 64))
     with pytest.raises(InputError, match="65,536"):
         vq.config.codebook_size = 65537
-        load_codes(vq, "a", FolderData(tmp_path / "set", "train", 16), tmp_path, "cpu")
+        extract_codes(vq, "a", folder, tmp_path / "b", "cpu")
+
+
+def test_killed_extraction_goes_on_and_batches_of_any_size_give_the_same_bytes(tmp_path, monkeypatch, vq):
+    make_folder(tmp_path / "set", 30)
+    (tmp_path / "set" / "cat" / "11.png").write_bytes(b"broken")
+    folder = FolderData(tmp_path / "set", "train", 16, ranges=(1.1,))
+    extract_codes(vq, "a", folder, tmp_path / "whole", "cpu", batch_size=57)
+    tokenize, done = data.tokenize_in_passes, []
+
+    def die_in_the_third_batch(*args):
+        done.append(1)
+        if len(done) % 3 == 0:
+            raise RuntimeError("killed")
+        return tokenize(*args)
+    monkeypatch.setattr(data, "tokenize_in_passes", die_in_the_third_batch)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="killed"):
+            extract_codes(vq, "a", folder, tmp_path / "parts", "cpu", batch_size=7)
+        with pytest.raises(InputError, match="no complete codes"):
+            read_codes(tmp_path / "parts")
+    monkeypatch.setattr(data, "tokenize_in_passes", lambda *args: done.append(2) or tokenize(*args))
+    extract_codes(vq, "a", folder, tmp_path / "parts", "cpu", batch_size=7)
+    assert done.count(2) == -(-(57 - 4 * 7) // 7)                # the four whole batches were not done again
+    for name in ("codes.npy", "labels.npy"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    assert read_codes(tmp_path / "parts")[0].shape == (56, 10, 64)
+
+
+def test_ten_crops_are_the_corners_and_the_middle_of_the_larger_centre_crop_and_their_mirror_images():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (52, 70, 3), np.uint8))
+    big = center_crop(image, 35)                                 # int(32 * 1.1)
+    views = fixed_crops(image, 32, ranges=(1.1, 1.05))
+    assert views.shape == (20, 32, 32, 3)
+    corners = [big[:32, :32], big[:32, 3:], big[3:, :32], big[3:, 3:], big[2:34, 2:34]]
+    assert np.array_equal(views[:5], corners)
+    assert np.array_equal(views[5:10], views[:5, :, ::-1])
+    assert np.array_equal(views[10], center_crop(image, 33)[:32, :32])
+    assert np.array_equal(fixed_crops(image, 32), [center_crop(image, 32), center_crop(image, 32)[:, ::-1]])
+
+
+def test_two_processes_extract_and_sample_what_one_does(tmp_path, vq):
+    make_folder(tmp_path / "set", 15)
+    torch.save({"model": vq.state_dict()}, tmp_path / "vq.pt")
+    gpt = GPT(GPTConfig(**GPT_SIZES["tiny"], vocab_size=64, block_size=64, num_classes=4))
+    torch.save({"model": gpt.state_dict(), "config": asdict(gpt.config), "class_names": list("abcd")},
+               tmp_path / "gpt.pt")
+    extract = ["data.py", "extract", "--data", tmp_path / "set", "--image-size", 16, "--device", "cpu",
+               "--vq", tmp_path / "vq.pt", "--splits", "train", "--out"]
+    sample = ["sample.py", "--gpt", tmp_path / "gpt.pt", "--vq", tmp_path / "vq.pt", "--num-samples", 30,
+              "--batch-size", 4, "--device", "cpu", "--image-size-eval", 12, "--npz"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for start, name in (([], "one"), (torchrun, "two")):
+        for command, out in ((extract, tmp_path / name), (sample, tmp_path / f"{name}.npz")):
+            result = subprocess.run([sys.executable, *start, *map(str, command), str(out)], cwd=ROOT,
+                                    text=True, capture_output=True,
+                                    env={**os.environ, "OMP_NUM_THREADS": "1"})
+            assert result.returncode == 0, result.stderr[-2000:]
+    for name in ("codes.npy", "labels.npy"):
+        assert (tmp_path / "one/train" / name).read_bytes() == (tmp_path / "two/train" / name).read_bytes()
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    assert one["arr_0"].shape == (30, 12, 12, 3) and one["arr_0"].std() > 0
+    assert np.array_equal(one["label"], np.arange(30) % 4) and np.array_equal(one["label"], two["label"])
+    assert np.array_equal(one["arr_0"], two["arr_0"])
+
+
+def test_check_measures_the_codes_draws_them_and_notices_another_tokenizer(tmp_path, capsys):
+    vq = VQModel(VQConfig(**VQ_SIZES["VQ-tiny"])).eval()
+    shapes = ArrayData("shapes", "test", 32, 40)
+    extract_codes(vq, data.weights_hash(vq), shapes, tmp_path / "codes", "cpu")
+    counts = torch.bincount(vq.tokenize(data.to_float(shapes.images)).flatten(), minlength=512)
+    used, p = (counts > 0).float().mean(), counts[counts > 0] / counts.sum()
+    data.check_codes(tmp_path / "codes", vq, data.weights_hash(vq), "cpu", tmp_path / "a.png")
+    first = capsys.readouterr()
+    assert f"{used:.1%} of 512" in first.out
+    assert f"entropy {-(p * p.log2()).sum():.2f} of at most 9.00" in first.out
+    assert "warning" not in first.err and Image.open(tmp_path / "a.png").width > 500
+    psnr = lambda text: float(re.search(r"drawn: ([\d.]+) dB", text)[1])
+    # the right pictures, decoded: what the tokenizer makes of exactly these
+    rows = np.linspace(0, 39, 8).astype(int)
+    images = shapes.images[rows]
+    decoded = data.to_uint8(vq.detokenize(vq.tokenize(data.to_float(images)))).permute(0, 3, 1, 2)
+    mse = (images.double() - decoded).square().mean(dim=(1, 2, 3))
+    assert psnr(first.out) == pytest.approx((10 * (255 ** 2 / mse).log10()).mean().item(), abs=0.02)
+    other = VQModel(VQConfig(**VQ_SIZES["VQ-tiny"])).eval()
+    data.check_codes(tmp_path / "codes", other, data.weights_hash(other), "cpu", tmp_path / "b.png")
+    assert "another tokenizer" in capsys.readouterr().err

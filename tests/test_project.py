@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+import data
+import fid
 import model
 import sample
 import tokenizer
@@ -15,7 +17,8 @@ import train_gpt
 import train_vq
 from conftest import ROOT
 
-SCRIPTS = {"train_vq.py": train_vq, "train_gpt.py": train_gpt, "sample.py": sample}
+SCRIPTS = {"data.py": data, "train_vq.py": train_vq, "train_gpt.py": train_gpt, "sample.py": sample,
+           "fid.py": fid}
 
 
 def parser_of(module, monkeypatch):
@@ -35,7 +38,13 @@ def test_every_flag_has_help_and_is_read(script, monkeypatch):
     read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
             and isinstance(node.value, (ast.Name,
                                         ast.Attribute)) and ast.unparse(node.value).endswith("args")}
-    for action in parser_of(SCRIPTS[script], monkeypatch)._actions:
+    parser = parser_of(SCRIPTS[script], monkeypatch)
+    actions = list(parser._actions)
+    for action in parser._actions:                               # data.py has a parser per command
+        if isinstance(action, argparse._SubParsersAction):
+            actions.remove(action)
+            actions += [flag for command in action.choices.values() for flag in command._actions]
+    for action in actions:
         assert action.help, action.option_strings
         assert action.dest == "help" or action.dest in read, f"{script} {action.option_strings} is never read"
 

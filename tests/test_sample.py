@@ -1,10 +1,13 @@
 """pytest -q tests/test_sample.py"""
+import argparse
+
 import numpy as np
 import pytest
 import torch
 
-from data import image_grid, to_uint8
-from model import GPT, GPTConfig
+import sample
+from data import image_grid, imagenet_names, to_uint8
+from model import GPT, GPT_SIZES, GPTConfig
 from sample import draw, filter_logits, generate, get_args, main, parse_classes
 from tokenizer import InputError, VQConfig, VQModel, weights_hash
 
@@ -148,6 +151,21 @@ def test_a_grid_is_labelled_on_the_left_and_holds_every_picture():
         assert (sheet[2 + i // 3 * 18 + 8, sheet.shape[1] - 3 * 18 + i % 3 * 18 + 4] == 40 * i).all()
 
 
+def test_imagenet_classes_have_their_names():
+    names = imagenet_names()
+    assert len(set(names)) == 1000
+    assert parse_classes("golden retriever,360, Loggerhead ,volcano", names) == [207, 360, 33, 980]
+
+
+def test_titles_stand_above_the_pictures_and_long_ones_are_cut():
+    images = np.full((5, 32, 32, 3), 200, np.uint8)
+    sheet = image_grid(images, columns=4, titles=["a"] * 4 + ["a very long title " * 9], scale=2)
+    pixels = np.asarray(sheet)
+    assert pixels.shape == (2 * (24 + 64 + 2) + 2, 4 * 66 + 2, 3)
+    assert (pixels[28:88, 4:60] == 200).all()
+    assert (pixels[92:116, :66] < 100).any() and (pixels[92:116, 68:] == 255).all()
+
+
 @pytest.fixture
 def checkpoints(tmp_path, gpt):
     vq = VQModel(VQConfig(codebook_size=64, ch=32, ch_mult=(1, 2), z_channels=32))
@@ -159,12 +177,66 @@ def checkpoints(tmp_path, gpt):
 
 def test_npz_has_the_evaluators_format_and_balanced_labels(tmp_path, checkpoints, capsys):
     main(get_args([*checkpoints, "--npz", str(tmp_path / "new" / "s.npz"), "--num-samples", "23",
-                   "--batch-size", "10",
-                   "--classes", "3,class 1"]))
+                   "--batch-size", "10", "--classes", "3,class 1"]))
     with np.load(tmp_path / "new" / "s.npz", allow_pickle=False) as file:
         assert file["arr_0"].shape == (23, 8, 8, 3) and file["arr_0"].dtype == np.uint8
         assert np.bincount(file["label"]).tolist() == [0, 11, 0, 12]
     assert "images/s" in capsys.readouterr().out
+
+
+def test_random_classes_follow_the_seed_and_cover_all(tmp_path, checkpoints):
+    labels = []
+    for seed in "112":
+        main(get_args([*checkpoints, "--npz", str(tmp_path / "s.npz"), "--num-samples", "60",
+                       "--random-classes", "--image-size-eval", "12", "--seed", seed]))
+        with np.load(tmp_path / "s.npz") as file:
+            labels.append(file["label"])
+            assert file["arr_0"].shape == (60, 12, 12, 3)
+    assert set(labels[0]) == set(range(10)) and np.bincount(labels[0]).std() > 0
+    assert np.array_equal(labels[0], labels[1]) and not np.array_equal(labels[0], labels[2])
+
+
+def test_a_killed_npz_goes_on_where_it_was_and_equals_one_that_was_not(tmp_path, checkpoints, monkeypatch):
+    flags = [*checkpoints, "--num-samples", "22", "--batch-size", "5", "--npz"]
+    main(get_args([*flags, str(tmp_path / "whole.npz")]))
+    drawn, real = [], sample.sample_batch
+
+    def die_in_the_third(gpt, vq, labels, number, *rest):
+        drawn.append(number)
+        if len(drawn) == 3:
+            raise RuntimeError("killed")
+        return real(gpt, vq, labels, number, *rest)
+    monkeypatch.setattr(sample, "sample_batch", die_in_the_third)
+    with pytest.raises(RuntimeError, match="killed"):
+        main(get_args([*flags, str(tmp_path / "parts.npz")]))
+    assert not (tmp_path / "parts.npz").exists()
+    main(get_args([*flags, str(tmp_path / "parts.npz")]))
+    assert drawn == [0, 1, 2, 2, 3, 4]
+    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "parts.npz") as parts:
+        assert np.array_equal(whole["arr_0"], parts["arr_0"])
+        assert np.array_equal(whole["label"], parts["label"])
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("parts.npz.")]
+
+
+def test_a_released_gpt_draws_one_picture_of_each_imagenet_class(tmp_path, checkpoints, monkeypatch):
+    released = GPT(GPTConfig(**GPT_SIZES["tiny"], vocab_size=64, block_size=9, num_classes=1000))
+    torch.nn.init.normal_(released.output.weight)
+    torch.save({"model": released.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "released.pt")
+    sheets = []
+
+    def remember(*args, **named):
+        sheets.append((args, named))
+        return image_grid(*args, **named)
+    monkeypatch.setattr(sample, "image_grid", remember)
+    flags = ["--gpt", str(tmp_path / "released.pt"), *checkpoints[2:], "--out", str(tmp_path / "grid.png")]
+    args = get_args([*flags, "--image-size", "48", "--classes", "207,otter,22", "--top-k", "30"])
+    main(args)
+    (images, columns), named = sheets[0]
+    assert images.shape == (3, 6, 6, 3) and columns == 4
+    assert named["titles"] == ["golden retriever", "otter", "bald eagle"]
+    assert (args.cfg_scale, args.temperature) == (4.0, 1.0)
+    with pytest.raises(InputError, match="multiple of 16"):
+        main(get_args([*flags, "--image-size", "50"]))
 
 
 def test_the_command_draws_a_grid_with_every_sampling_flag(tmp_path, checkpoints):
