@@ -10,6 +10,7 @@ Paper:  FID (Heusel 2017); sFID (Nash 2021); Inception Score (Salimans 2016); pr
         which the LlamaGen paper used.
 """
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -188,7 +189,7 @@ class InceptionV3(nn.Module):
         self.Mixed_7c = InceptionE(2048, max_pool=True)
         self.fc = nn.Linear(2048, 1008)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, images):
         """What the metrics read, float32, from images uint8 (B, 3, H, W) of any size.
 
@@ -224,6 +225,7 @@ def fold_batch_norm(net):
     return net.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
+@functools.cache
 def load_inception(path, device, bf16=False):
     """The folded network with the weights of `path`, or of the cache, or downloaded."""
     path = path or find_file("inception", "pt_inception-2015-12-05-6726825d.pth")
@@ -265,9 +267,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
         raise InputError("the statistics hold NaN or infinite numbers")
     root, failed = torch.linalg.cholesky_ex(sigma1)              # the fastest root, if S1 has full rank
-    if failed:
+    if failed:                                                   # else r of D columns are enough
         values, vectors = torch.linalg.eigh(sigma1)
-        root = vectors * values.clamp(min=0).sqrt()
+        kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        root = vectors[:, kept] * values[kept].sqrt()
     trace = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
 
@@ -356,7 +359,7 @@ class Classifier(nn.Module):
         pool = self.body(images).mean(dim=(2, 3))                #        (B, D)
         return pool, self.head(pool)                             # logits (B, K)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, images):
         """pool (B, D) and logits (B, K), float32, from images uint8 (B, 3, H, W)."""
         pool, logits = self(to_float(images))
@@ -367,8 +370,8 @@ def train_classifier(data, device, epochs=3, batch_size=64, lr=3e-3, seed=0):
     """A Classifier in eval mode, trained on all pictures of `data`; kept in the cache for the next time."""
     torch.manual_seed(seed)
     net = Classifier(len(data.class_names)).to(device)
-    key = hashlib.sha256(f"{data.fingerprint()} {epochs} {batch_size} {lr} {seed}".encode()).hexdigest()[:16]
-    path = data_module.CACHE / "classifier" / f"{key}.pt"
+    key = f"{data.fingerprint()} blurred {epochs} {batch_size} {lr} {seed}"
+    path = data_module.CACHE / "classifier" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if path.exists():
         return fill_weights(net, read_checkpoint(path)["model"], path).eval()
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
@@ -378,7 +381,11 @@ def train_classifier(data, device, epochs=3, batch_size=64, lr=3e-3, seed=0):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(lr, step, step / steps, warmup=50)
         index = next(order)
-        logits = net(to_float(data.images[index].to(device)))[1]
+        images = to_float(data.images[index].to(device))
+        # Half of them blurred, half noisy: it shall judge what is drawn, not how sharply a decoder draws it.
+        images[::2] = F.avg_pool2d(images[::2], 3, 1, 1, count_include_pad=False)
+        images[1::2] += 0.05 * torch.randn_like(images[1::2])
+        logits = net(images)[1]
         loss = F.cross_entropy(logits, data.labels[index].to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -511,6 +518,9 @@ class ImageSet:
         return self.statistics
 
 
+open_set = functools.cache(ImageSet)                             # REF, whose features are needed only once
+
+
 def stack_features(net, batches, count, device, name):
     """net.features of all batches: a dict of tensors on the CPU with `count` rows each."""
     found, done = {}, 0
@@ -542,25 +552,31 @@ def compare(ref, samples, features_of):
     return metrics
 
 
-def judge(name, images, labels, device, args):
-    """Metrics of generated images uint8 (M, 3, H, W) with labels (M,), from a Classifier of `name`'s data."""
-    train, test = (ArrayData(name, split, images.shape[-1], args.limit, args.data_dir)
-                   for split in ("train", "test"))
-    if labels.min() < 0 or labels.max() >= len(train.class_names):
-        raise InputError(f"the samples have labels up to {labels.max()}, but {name} has "
-                         f"{len(train.class_names)} classes")
+@functools.cache                                                 # a sweep asks for the same one many times
+def classifier_reference(name, size, limit, data_dir, device):
+    """What `judge` compares with: a classifier of the data set, its classes, its pool features of the real
+    test pictures and its accuracy on them."""
+    train, test = (ArrayData(name, split, size, limit, data_dir) for split in ("train", "test"))
     net = train_classifier(train, device)
     real = stack_features(net, test.images.split(500), len(test), device, name)
+    accuracy = (real["logits"].argmax(dim=1) == test.labels).double().mean().item()
+    return net, train.class_names, real["pool"], accuracy
+
+
+def judge(images, labels, reference, device):
+    """Metrics of generated images uint8 (M, 3, H, W) with labels (M,) by a classifier_reference."""
+    net, class_names, real, accuracy = reference
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise InputError(f"the samples have labels up to {labels.max()}, but there are {len(class_names)} "
+                         f"classes")
     fake = stack_features(net, images.split(500), len(images), device, "the samples")
     right = (fake["logits"].argmax(dim=1) == labels).double()
-    metrics = {"Real test accuracy": (real["logits"].argmax(dim=1) == test.labels).double().mean().item(),
-               "Class accuracy": right.mean().item()}
-    for i, class_name in enumerate(train.class_names):
+    metrics = {"Real test accuracy": accuracy, "Class accuracy": right.mean().item()}
+    for i, class_name in enumerate(class_names):
         if (labels == i).any():
             metrics[f"  {class_name}"] = right[labels == i].mean().item()
-    metrics["FID-classifier"] = frechet_distance(*feature_statistics(real["pool"]),
-                                                 *feature_statistics(fake["pool"]))
-    precision, recall = precision_recall(real["pool"], fake["pool"])
+    metrics["FID-classifier"] = frechet_distance(*feature_statistics(real), *feature_statistics(fake["pool"]))
+    precision, recall = precision_recall(real, fake["pool"])
     return metrics | {"Precision-classifier": precision, "Recall-classifier": recall}
 
 
@@ -595,8 +611,9 @@ def evaluate_samples(args, device):
             raise InputError(f"{args.samples} needs arr_0 and label to be judged by a classifier: write it "
                              f"with python sample.py --npz")
         images = torch.cat(list(samples.batches(1000)))
-        return judge(args.ref, images, torch.from_numpy(samples.labels), device, args)
-    ref, samples = ImageSet(args.ref), ImageSet(args.samples)
+        reference = classifier_reference(args.ref, images.shape[-1], args.limit, args.data_dir, device)
+        return judge(images, torch.from_numpy(samples.labels), reference, device)
+    ref, samples = open_set(args.ref), ImageSet(args.samples)
     for images in (ref, samples):
         if images.count == 1:
             raise InputError(f"{images.path} holds one picture: a covariance needs at least two")
@@ -611,7 +628,7 @@ def evaluate_samples(args, device):
 
 def save_statistics(args, device):
     """Write mu, sigma, mu_s and sigma_s of REF to --save-stats, to be used as REF from then on."""
-    ref = ImageSet(args.ref)
+    ref = open_set(args.ref)
     features = None
     if ref.count:
         net = load_inception(args.inception, device, args.bf16)

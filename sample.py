@@ -7,6 +7,7 @@ Paper:  LlamaGen (arXiv 2406.06525) section 2.2; guidance: Ho & Salimans 2022;
 Run:    python sample.py             # a labelled grid of the model that train_gpt.py left in out/
 """
 import argparse
+import csv
 import hashlib
 import math
 import os
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import fid
 from data import (SharedArray, image_grid, imagenet_names, pick_device, positive, rank_and_world, run,
                   to_uint8)
 from model import gpt_from_checkpoint
@@ -54,7 +56,7 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0,
              prefix=None, generator=None):
     """Sample whole images as tokens, (B, N) int64.
@@ -173,13 +175,27 @@ def sample_all(gpt, vq, labels, images, args, device, numbers=None, filled=None)
               f"{count * gpt.config.block_size / seconds:,.0f} tokens/s, {count / seconds:.2f} images/s")
 
 
+def sample_grid(gpt, vq, classes, per_class, names, side, args, device):
+    """Write --out: a row of pictures per class, or, with one picture each, rows of four with titles."""
+    labels = np.repeat(classes, per_class)
+    images = np.empty((len(labels), side, side, 3), np.uint8)
+    sample_all(gpt, vq, labels, images, args, device)
+    words = [names[c] for c in classes]
+    sheet = (image_grid(images, 4, titles=words) if per_class == 1 else
+             image_grid(images, per_class, row_names=words))
+    sheet.save(args.out)
+    print(f"wrote {args.out}")
+
+
 def sample_npz(gpt, vq, labels, side, args, device):
     """Write --npz, the evaluators' format: arr_0 uint8 (M, H, W, 3), label int64 (M,). Under torchrun each
     process draws its share of the batches; interrupted, the same command goes on where it was."""
     path = Path(args.npz)
+    # The key of unfinished work: the models' files and every flag that changes a picture.
     files = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in (args.gpt, args.vq)]
-    flags = {name: value for name, value in vars(args).items() if name not in ("device", "compile", "out")}
-    key = hashlib.sha256(repr((files, flags)).encode()).hexdigest()[:16]
+    flags = [args.seed, args.batch_size, args.cfg_scale, args.cfg_interval, args.temperature, args.top_k,
+             args.top_p, args.image_size]
+    key = hashlib.sha256(repr((files, flags, side, labels.tolist())).encode()).hexdigest()[:16]
     whole = path.with_name(f"{path.name}.arr_0")
     array = SharedArray(whole, (len(labels), side, side, 3), np.uint8, key, unit=args.batch_size)
     sample_all(gpt, vq, labels, array.rows, args, device, array.mine, array.done)
@@ -190,6 +206,33 @@ def sample_npz(gpt, vq, labels, side, args, device):
             np.savez(file, arr_0=np.load(whole, mmap_mode="r"), label=labels)
         packed.replace(path)
         whole.unlink()
+        print(f"wrote {path}")
+
+
+def sweep(gpt, vq, labels, side, args, device):
+    """Sample and evaluate at every guidance scale of --sweep: the trade-off between fidelity and variety as a
+    table, sweep.csv, and as curves, sweep.png. The samples stay in the folder sweep/."""
+    folder, table = Path(args.out).parent / "sweep", []
+    for args.cfg_scale in args.sweep:
+        args.npz = str(folder / f"cfg_{args.cfg_scale:g}.npz")
+        sample_npz(gpt, vq, labels, side, args, device)
+        flags = ["--inception", args.inception] if args.inception else []
+        metrics = fid.evaluate_samples(fid.get_args([args.ref, args.npz, *flags]), device)
+        table.append({"cfg_scale": args.cfg_scale,
+                      **{name: value for name, value in metrics.items() if not name.startswith(" ")}})
+        print(", ".join(f"{name} {value:.4g}" for name, value in table[-1].items()))
+    with open(folder.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
+        writer.writeheader()
+        writer.writerows(table)
+    columns = [name for name in table[0] if name not in ("cfg_scale", "Real test accuracy")]
+    fid.plot_lines(table, "cfg_scale", columns, folder.with_suffix(".png"))
+    print(f"wrote {folder.with_suffix('.csv')} and {folder.with_suffix('.png')}")
+
+
+def numbers(text):
+    """An argparse type: "1,1.5,2" -> [1.0, 1.5, 2.0]."""
+    return [float(word) for word in text.split(",")]
 
 
 def get_args(argv=None):
@@ -212,6 +255,11 @@ def get_args(argv=None):
                        help="draw the classes of the --npz at random, as the paper did, instead of balanced")
     group.add_argument("--image-size-eval", type=positive(int),
                        help="resize the pictures to this side (bicubic); 256 in the paper")
+    group.add_argument("--sweep", type=numbers, metavar="S,S,...",
+                       help="draw --num-samples pictures at each of these guidance scales and evaluate them: "
+                            "sweep.csv and sweep.png beside --out")
+    group.add_argument("--ref", default="shapes", help="what --sweep compares with, as fid.py's REF")
+    group.add_argument("--inception", help="Inception's weights for --sweep, if they are not in the cache")
     group = parser.add_argument_group("how to sample")
     group.add_argument("--cfg-scale", type=float,
                        help="guidance; 1: none, 0: unconditional; if left out 2.5, for a released GPT 4")
@@ -242,30 +290,22 @@ def main(args):
         args.cfg_scale = 2.5 if own else 4.0
     if args.temperature is None:                         # small models err less often when they dare less
         args.temperature = 0.4 if own else 1.0
+    per_class = args.per_class or (8 if own else 1)
     classes = parse_classes(args.classes, names) if args.classes else list(range(len(names)))
     side = args.image_size_eval or math.isqrt(gpt.config.block_size) * vq.config.downsample
-    target = Path(args.npz or args.out)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    Path(args.npz or args.out).parent.mkdir(parents=True, exist_ok=True)
     if args.compile:
         gpt.step = torch.compile(gpt.step, fullgraph=True, dynamic=False)
-    if args.npz:
-        labels = np.array(classes)[np.arange(args.num_samples) % len(classes)]
-        if args.random_classes:
-            labels = np.random.default_rng(args.seed).choice(classes, args.num_samples)
-        sample_npz(gpt, vq, labels, side, args, device)
+    if not (args.npz or args.sweep):
+        classes = classes if args.classes else classes[:10]
+        return sample_grid(gpt, vq, classes, per_class, names, side, args, device)
+    labels = np.array(classes)[np.arange(args.num_samples) % len(classes)]
+    if args.random_classes:
+        labels = np.random.default_rng(args.seed).choice(classes, args.num_samples)
+    if args.sweep:
+        sweep(gpt, vq, labels, side, args, device)
     else:
-        classes = classes[:10] if args.classes is None else classes
-        per_class = args.per_class or (8 if own else 1)
-        labels = np.repeat(classes, per_class)
-        images = np.empty((len(labels), side, side, 3), np.uint8)
-        sample_all(gpt, vq, labels, images, args, device)
-        if per_class == 1:
-            sheet = image_grid(images, 4, titles=[names[c] for c in classes])
-        else:
-            sheet = image_grid(images, per_class, row_names=[names[c] for c in classes])
-        sheet.save(target)
-    if rank_and_world()[0] == 0:
-        print(f"wrote {target}")
+        sample_npz(gpt, vq, labels, side, args, device)
 
 
 if __name__ == "__main__":
