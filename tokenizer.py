@@ -385,7 +385,8 @@ def load_tokenizer(path, device="cpu"):
         raise InputError(f"{path} is not a tokenizer checkpoint: it has no codebook "
                          f"(quantize.embedding.weight)")
     config = VQConfig(**checkpoint["config"]) if "config" in checkpoint else infer_vq_config(weights, path)
-    return build(VQModel, config, weights, path, device, torch.float32)
+    vq = build(VQModel, config, weights, path, device, torch.float32)
+    return vq.to(memory_format=torch.channels_last)              # faster convolutions, on CPUs too
 
 
 def codebook_statistics(counts):
