@@ -622,10 +622,14 @@ class SharedArray:
         self.mine = np.array_split(np.flatnonzero(self.done == 0), world)[rank]
         wait_for_all()                                           # all know their share before anyone works
 
-    def finish(self):
-        """Give the file its name once all processes are done. Returns the numbers of the skipped units."""
+    def skipped(self):
+        """The numbers of the skipped units, once all processes are done."""
         wait_for_all()
-        skipped = np.flatnonzero(self.done == self.SKIPPED)
+        return np.flatnonzero(self.done == self.SKIPPED)
+
+    def finish(self):
+        """Give the file its name once all processes are done."""
+        skipped = self.skipped()
         if rank_and_world()[0] == 0:
             if len(skipped):                                     # close the gaps, a block of rows at a time
                 kept = np.flatnonzero(self.done == self.DONE)
@@ -640,7 +644,6 @@ class SharedArray:
                 self.partial.replace(self.path)
             self.flags.unlink()
         wait_for_all()
-        return skipped
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -689,13 +692,15 @@ def extract_codes(vq, vq_hash, data, folder, device, batch_size=32):
             codes.rows[batch] = tokens.unflatten(0, images.shape[:2]).cpu().numpy()
             codes.done[batch] = np.where(labels.numpy() < 0, codes.SKIPPED, codes.DONE)
             bar.update(len(batch))
-    skipped = codes.finish()
+    skipped = codes.skipped()
     if rank_and_world()[0] == 0:
         data.warn(skipped)
         np.save(folder / "labels.npy", np.delete(data.labels.numpy(), skipped))
         about = dict(key=key, vq_hash=vq_hash, data=data.arguments, class_names=data.class_names,
                      skipped=skipped.tolist())
         (folder / "about.new").write_text(json.dumps(about))
+    codes.finish()
+    if rank_and_world()[0] == 0:
         (folder / "about.new").replace(folder / "about.json")
     wait_for_all()
 

@@ -2,10 +2,9 @@
 
     [condition | token 0 | token 1 | ... | token N-2]  ->  logits of tokens 0, 1, ..., N-1
 
-Shapes: B images, T tokens given so far, N = block_size tokens of a whole image, V vocabulary, L condition
-tokens,
-        S = L + T sequence, D model width, H heads, G key-value heads, d = D / H head width, F feed-forward
-        width, E caption feature width.
+Shapes: B images, T tokens given so far, N = block_size tokens of a whole image, V vocabulary,
+        L condition tokens, S = L + T sequence, D model width, H heads, G key-value heads, d = D / H head
+        width, F feed-forward width, E caption feature width.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2. RMSNorm (Zhang 2019), SwiGLU (Shazeer 2020), RoPE (Su 2021).
 Run:    python model.py              # the shapes of one forward pass
 """
@@ -43,8 +42,7 @@ class GPTConfig:
                              f"tokens")
         if self.dim % self.n_head or self.dim // self.n_head % 4:
             raise InputError(f"dim {self.dim} over {self.n_head} heads: the head width has to be a multiple "
-                             f"of 4, "
-                             "one half for rows and one for columns, each in pairs")
+                             "of 4, one half for rows and one for columns, each in pairs")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise InputError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import fid
 from data import (SharedArray, image_grid, imagenet_names, pick_device, positive, rank_and_world, run,
-                  to_uint8)
+                  to_uint8, wait_for_all)
 from model import gpt_from_checkpoint
 from tokenizer import InputError, load_tokenizer, read_checkpoint, weights_hash
 
@@ -196,10 +196,13 @@ def sample_npz(gpt, vq, labels, side, args, device):
     flags = [args.seed, args.batch_size, args.cfg_scale, args.cfg_interval, args.temperature, args.top_k,
              args.top_p, args.image_size]
     key = hashlib.sha256(repr((files, flags, side, labels.tolist())).encode()).hexdigest()[:16]
-    whole = path.with_name(f"{path.name}.arr_0")
-    array = SharedArray(whole, (len(labels), side, side, 3), np.uint8, key, unit=args.batch_size)
-    sample_all(gpt, vq, labels, array.rows, args, device, array.mine, array.done)
-    array.finish()
+    whole = path.with_name(f"{path.name}.{key}.arr_0")
+    drawn = whole.exists()                                       # interrupted while packing
+    wait_for_all()
+    if not drawn:
+        array = SharedArray(whole, (len(labels), side, side, 3), np.uint8, key, unit=args.batch_size)
+        sample_all(gpt, vq, labels, array.rows, args, device, array.mine, array.done)
+        array.finish()
     if rank_and_world()[0] == 0:
         packed = path.with_name(f"{path.name}.packed")
         with open(packed, "wb") as file:               # a file object, or NumPy would append .npz to the name
