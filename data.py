@@ -3,6 +3,7 @@
     shapes                           drawn on the fly, no download: the default
     fashion_mnist, mnist, cifar10    found on this machine or downloaded
     a folder                         one sub-folder per class, as ImageNet has it
+    a .jsonl, a folder, .tar files   pictures with captions
 
 Shapes: M images of a data set, B images of a batch, H x W pixels, K crops per image, N tokens per image.
 Run:    python data.py               # draws out/shapes.png, 40 pictures of the default data set with captions
@@ -10,16 +11,22 @@ Run:    python data.py               # draws out/shapes.png, 40 pictures of the 
         python data.py check codes/train --vq vq_ds16_c2i.pt
 """
 import argparse
+import functools
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
 import signal
 import sys
 import tarfile
+import textwrap
+import unicodedata
 import urllib.request
 import zlib
+from collections import Counter
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -82,6 +89,8 @@ BACKGROUNDS = {"black": (18, 18, 22), "white": (240, 240, 238), "gray": (122, 12
                "brown": (92, 54, 32), "forest": (18, 72, 46)}
 SIZES = {"small": 0.26, "large": 0.37}                           # radius as a share of the picture's side
 SHAPES_COUNT = {"train": 20_000, "test": 10_000}
+RELATIONS = ("left of", "right of", "above", "below")            # in scenes of two shapes
+SCENES_COUNT = {"train": 10_000, "test": 2_000}
 
 
 def shape_attributes(split, index, seed=0):
@@ -93,7 +102,7 @@ def shape_attributes(split, index, seed=0):
     rng = np.random.default_rng((seed, ("train", "test").index(split), index))
     pick = lambda names: list(names)[rng.integers(len(names))]
     item = dict(kind=pick(KINDS), colour=pick(COLOURS), background=pick(BACKGROUNDS), size=pick(SIZES))
-    radius = SIZES[item["size"]]
+    item["radius"] = radius = SIZES[item["size"]]
     item["x"], item["y"] = rng.uniform(1.2 * radius, 1 - 1.2 * radius, size=2)   # shares of the side
     item["light_angle"], item["light_strength"] = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.12)
     item["caption"] = "a {size} {colour} {kind} on a {background} background".format(**item)
@@ -104,19 +113,27 @@ def draw_shapes(split="train", start=0, n=100, size=32, seed=0):
     """Pictures start .. start+n-1 of a split: images uint8 (n, size, size, 3) and
     their attributes, a list of n dicts."""
     items = [shape_attributes(split, i, seed) for i in range(start, start + n)]
-    images = np.empty((n, size, size, 3), np.uint8)
+    return render(items, [items], size), items
+
+
+def render(pictures, layers, size):
+    """Draw M pictures, uint8 (M, size, size, 3): their backgrounds and light from `pictures`, a list of M
+    dicts, and on them one shape of every layer, each a list of M dicts."""
+    images = np.empty((len(pictures), size, size, 3), np.uint8)
     axis = np.linspace(-1, 1, size, dtype=np.float32)
-    for first in range(0, n, 1000):                   # in blocks: the float pictures need 12 times the memory
-        block = items[first:first + 1000]
-        alpha = np.stack([shape_mask(item, size) for item in block])[..., None] / np.float32(255)
-        colour = np.array([COLOURS[item["colour"]] for item in block], np.float32)[:, None, None]
-        background = np.array([BACKGROUNDS[item["background"]] for item in block], np.float32)[:, None, None]
-        angle = np.array([item["light_angle"] for item in block], np.float32)[:, None, None]
-        strength = np.array([item["light_strength"] for item in block], np.float32)[:, None, None]
+    for first in range(0, len(images), 1000):         # in blocks: the float pictures need 12 times the memory
+        rows = slice(first, first + 1000)
+        column = lambda values: np.array(values, np.float32)[:, None, None]
+        pixels = column([BACKGROUNDS[item["background"]] for item in pictures[rows]])
+        for layer in layers:
+            alpha = np.stack([shape_mask(item, size) for item in layer[rows]])[..., None] / np.float32(255)
+            colour = column([COLOURS[item["colour"]] for item in layer[rows]])
+            pixels = pixels + alpha * (colour - pixels)
+        angle = column([item["light_angle"] for item in pictures[rows]])
+        strength = column([item["light_strength"] for item in pictures[rows]])
         light = 1 + strength * (np.cos(angle) * axis[None, None] + np.sin(angle) * axis[None, :, None])
-        pixels = (background + alpha * (colour - background)) * light[..., None]
-        images[first:first + 1000] = np.clip(pixels + 0.5, 0, 255)
-    return images, items
+        images[rows] = np.clip(pixels * light[..., None] + 0.5, 0, 255)
+    return images
 
 
 def shape_mask(item, size, oversample=4):
@@ -125,9 +142,57 @@ def shape_mask(item, size, oversample=4):
     draw = ImageDraw.Draw(canvas)
     scale = size * oversample
     for outline, fill in zip(KINDS[item["kind"]], (255, 0)):
-        points = (outline * SIZES[item["size"]] + (item["x"], item["y"])) * scale - 0.5
+        points = (outline * item["radius"] + (item["x"], item["y"])) * scale - 0.5
         draw.polygon(points.ravel().tolist(), fill=fill)
     return np.asarray(canvas.reduce(oversample))
+
+
+# For text, two shapes beside or above one another, and pairs of kind and colour that are never trained on.
+
+def scene_attributes(split, index, seed=0):
+    """What scene `index` of a split shows, as shape_attributes tells it for one shape: "shapes" are the two
+    in the caption's order, "relation" is where the first one lies."""
+    rng = np.random.default_rng((seed, 2 + ("train", "test").index(split), index))
+    pairs = [(kind, colour) for kind in KINDS for colour in COLOURS]
+    near, far = 0.27 + rng.uniform(-0.02, 0.02), 0.73 + rng.uniform(-0.02, 0.02)
+    relation = RELATIONS[rng.integers(4)]
+    along = (near, far) if relation in ("left of", "above") else (far, near)
+    across = rng.uniform(0.35, 0.65, size=2)
+    shapes = []
+    for place, a, b in zip(rng.choice(len(pairs), 2, replace=False), along, across):
+        x, y = (a, b) if relation in ("left of", "right of") else (b, a)
+        shapes.append(dict(kind=pairs[place][0], colour=pairs[place][1], radius=0.2, x=x, y=y))
+    item = dict(shapes=shapes, relation=relation, background=rng.choice(list(BACKGROUNDS)).item(),
+                light_angle=rng.uniform(0, 2 * np.pi), light_strength=rng.uniform(0.03, 0.12))
+    article = lambda word: "an" if word[0] in "aeiou" else "a"
+    first, second = (f"{article(s['colour'])} {s['colour']} {s['kind']}" for s in shapes)
+    item["caption"] = f"{first} {relation} {second} on a {item['background']} background"
+    return item
+
+
+def held_out(shape):
+    """Whether this pair of kind and colour is kept from text-conditional training: 8 of the 80, one kind of
+    each colour."""
+    return (3 * list(KINDS).index(shape["kind"]) + list(COLOURS).index(shape["colour"])) % 10 == 0
+
+
+def captioned_shapes(split="train", n=None, size=32, seen=True, seed=0):
+    """Pictures of one and of two shapes for text-conditional training: images uint8 (M, size, size, 3) and
+    their attributes. seen: those without a held-out pair; else only those with one. n: so many of them,
+    evenly spread."""
+    keep = lambda item: seen != any(held_out(shape) for shape in item.get("shapes", [item]))
+    items = [shape_attributes(split, i, seed) for i in range(SHAPES_COUNT[split])]
+    items += [scene_attributes(split, i, seed) for i in range(SCENES_COUNT[split])]
+    items = spread([item for item in items if keep(item)], n)
+    singles, scenes = ([item for item in items if ("shapes" in item) == two] for two in (False, True))
+    images = [render(singles, [singles], size)]
+    images += [render(scenes, list(zip(*(item["shapes"] for item in scenes))), size)] if scenes else []
+    return np.concatenate(images), singles + scenes
+
+
+def spread(items, n):
+    """n of the items, evenly spread over the list; all if n is None or not smaller."""
+    return [items[i * len(items) // n] for i in range(n)] if n and n < len(items) else items
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -287,14 +352,37 @@ def load_array(name, split="train", n=None, data_dir=None, size=32):
 
 def image_files(folder):
     """All files below a folder whose names end like pictures that Pillow reads, in order."""
+    return [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in image_endings()]
+
+
+@functools.cache
+def image_endings():
     Image.init()
-    suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
-    return [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in suffixes]
+    return {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
 
 
-def read_image(path):
-    """Any file that Pillow reads, as an RGB picture the right way up; transparent parts become white."""
-    image = Image.open(path)
+@dataclass(frozen=True)
+class TarMember:
+    """A file inside a .tar archive, read where it lies."""
+    tar: Path
+    name: str
+    offset: int                          # of its first byte in the archive
+    size: int                            # bytes
+    changed: int                         # when the archive was last changed, in nanoseconds
+
+    def read_bytes(self):
+        with open(self.tar, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def __str__(self):
+        return f"{self.tar}/{self.name}"
+
+
+def read_image(file):
+    """Any picture that Pillow reads, from a Path or a TarMember, as RGB and the right way up; transparent
+    parts become white."""
+    image = Image.open(io.BytesIO(file.read_bytes()))
     image = ImageOps.exif_transpose(image)                    # cameras store the rotation instead of rotating
     if image.mode.startswith("I"):                         # 16-bit grey: convert("RGB") would clip, not scale
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
@@ -371,13 +459,20 @@ class ArrayData:
     """A data set held in memory. Indexing is one tensor operation per batch, on the
     device that holds the pixels."""
 
-    def __init__(self, name, split, size=32, n=None, data_dir=None):
-        images, labels, self.captions = load_array(name, split, n, data_dir, size)
+    def __init__(self, name, split, size=32, n=None, data_dir=None, captioned=False):
+        if captioned and name != "shapes":
+            raise InputError(f"{name} has no captions: leave --cond text, or use shapes or your own pictures")
+        if captioned:
+            images, items = captioned_shapes(split, n, size)
+            labels = np.array([list(KINDS).index(item.get("shapes", [item])[0]["kind"]) for item in items])
+        else:
+            images, labels, _ = load_array(name, split, n, data_dir, size)
+        self.captions = [[item["caption"]] for item in items] if captioned else None     # a list per picture
         self.class_names, self.size = CLASS_NAMES[name], size
         self.images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # (M, 3, H, W) uint8
         self.labels = torch.from_numpy(labels)                                               # (M,)
         self.crops = 1                              # one version of each picture: these have no margin to cut
-        self.arguments = dict(name=name, split=split, size=size, n=n, data_dir=data_dir)   # of load_data
+        self.arguments = dict(name=name, split=split, size=size, n=n, data_dir=data_dir, captioned=captioned)
 
     def __len__(self):
         return len(self.labels)
@@ -389,7 +484,7 @@ class ArrayData:
         """Endless training batches (B, 3, H, W) in [-1, 1]."""
         images = self.images.to(device)
         for index in batch_indices(len(self), batch_size, seed, start):
-            yield to_float(images[index.to(device)])
+            yield to_float(images[to_device(index, device)])
 
     def take(self, batches):
         """The pictures of each list of indices: uint8 (B, K=1, 3, H, W) and labels (B,)."""
@@ -404,6 +499,13 @@ class ArrayData:
         """These pictures are whole."""
 
 
+def to_device(tensor, device):
+    """Copy to the device; to a GPU from pinned memory, so that nothing waits for the copy to end."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def to_float(images):
     """uint8 0 .. 255 -> float32 -1 .. 1."""
     return images.float() / 127.5 - 1
@@ -415,39 +517,55 @@ def to_uint8(images):
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
+def split_folders(root, split):
+    """The folder of the training pictures and that of this split: root/train and root/val (or root/test)
+    where they exist, else root itself, twice."""
+    root = Path(root)
+    base = root / "train" if (root / "train").is_dir() else root
+    other = next((root / name for name in ("val", "test") if base != root and (root / name).is_dir()), base)
+    return base, other if split == "test" else base
+
+
+def hold_out(items, split):
+    """Of a list without splits of its own: every 20th for the test, the others for training."""
+    return [item for i, item in enumerate(items) if (i % 20 == 0) == (split == "test")]
+
+
 class FolderData(torch.utils.data.Dataset):
     """Pictures in one sub-folder per class (a folder without sub-folders is one class), read when they are
     needed.
 
     root/train and root/val (or root/test) are the splits where they exist; else every 20th picture is held
     out. A file that cannot be read is skipped, and `warn` names all of them in one line. """
+    captioned = False
 
     def __init__(self, root, split, size=32, n=None, flip=True, ranges=()):
         self.size, self.flip, self.ranges = size, flip, tuple(ranges)
         self.crops = 10 * len(self.ranges) or (2 if flip else 1)     # see fixed_crops
         self.arguments = dict(name=str(root), split=split, size=size, n=n, flip=flip, ranges=list(ranges))
-        self.captions = None
-        root = Path(root)
-        base = root / "train" if (root / "train").is_dir() else root
-        held_out = next((root / name for name in ("val", "test") if base != root and (root / name).is_dir()),
-                        None)
-        folders = [f for f in sorted(base.iterdir()) if f.is_dir() and not f.name.startswith(".")]
-        self.class_names = [f.name for f in folders] or [base.resolve().name]
-        source = held_out if held_out and split == "test" else base
-        files = []                                               # (path, class id)
-        for label, name in enumerate(self.class_names):
-            files += [(path, label) for path in image_files(source / name if folders else source)]
-        if held_out is None and len(files) > 1:
-            files = [file for i, file in enumerate(files) if (i % 20 == 0) == (split == "test")]
         # n: every so many-th file, because the first n of an ordered list would all be of the first class
-        self.files = [files[i * len(files) // n] for i in range(n)] if n and n < len(files) else files
-        if not self.files:
-            raise InputError(f"{source} holds no pictures: put them into one sub-folder per class, as in "
-                             f"{source / 'cat' / 'photo.jpg'}")
+        entries = spread(self.find_files(root, split), n)
+        self.files = [(file, label) for file, label, _ in entries]
+        self.captions = [captions for _, _, captions in entries] if self.captioned else None
         self.labels = torch.tensor([label for _, label in self.files])
         if all(self.read(i, center_crop) is None for i in range(len(self.files))):
-            raise InputError(f"none of the {len(self.files)} pictures in {source} can be read (the first is "
+            raise InputError(f"none of the {len(self.files)} pictures in {root} can be read (the first is "
                              f"{self.files[0][0].name}): are they whole, and of a format that Pillow knows?")
+
+    def find_files(self, root, split):
+        """(file, class id, captions) of every picture of the split, not yet read."""
+        base, source = split_folders(root, split)
+        folders = [f for f in sorted(base.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+        self.class_names = [f.name for f in folders] or [base.resolve().name]
+        files = []
+        for label, name in enumerate(self.class_names):
+            files += [(path, label, None) for path in image_files(source / name if folders else source)]
+        if split_folders(root, "test")[1] == base and len(files) > 1:
+            files = hold_out(files, split)
+        if not files:
+            raise InputError(f"{source} holds no pictures: put them into one sub-folder per class, as in "
+                             f"{source / 'cat' / 'photo.jpg'}")
+        return files
 
     def __len__(self):
         return len(self.files)
@@ -455,9 +573,10 @@ class FolderData(torch.utils.data.Dataset):
     def fingerprint(self):
         """A hash of every file's path, length and time of change: reading all pixels
         would take hours for ImageNet."""
-        stats = ((str(path), path.stat().st_size, path.stat().st_mtime_ns, label)
-                 for path, label in self.files)
-        return hashlib.sha256(repr((self.size, self.flip, self.ranges, list(stats))).encode()).hexdigest()
+        stats = [repr(file) if isinstance(file, TarMember) else
+                 (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file, _ in self.files]
+        stats.append(self.labels.tolist())
+        return hashlib.sha256(repr((self.size, self.flip, self.ranges, stats)).encode()).hexdigest()
 
     def read(self, i, crop, *more):
         """One picture as uint8 (size, size, 3), or None if it cannot be read."""
@@ -483,9 +602,11 @@ class FolderData(torch.utils.data.Dataset):
         """A DataLoader with worker processes; they leave Ctrl-C to the main process,
         which saves before it ends."""
         workers = min(8, os.cpu_count() or 1)
+        # A generator of its own: else every loader would take a number from the one that training uses, and
+        # a resumed run would draw others than one that went through.
         return torch.utils.data.DataLoader(self, batch_sampler=batch_sampler, num_workers=workers,
                                            collate_fn=list, worker_init_fn=ignore_interrupts,
-                                           pin_memory=torch.cuda.is_available())
+                                           generator=torch.Generator())
 
     def warn(self, skipped):
         """One warning that counts and names the pictures with these indices, which cannot be read."""
@@ -506,7 +627,7 @@ class FolderData(torch.utils.data.Dataset):
                 # Unreadable pictures are replaced by others of the batch, so that its size, and with it the
                 # compiled step, stays the same.
                 images = torch.stack([images[i % len(images)] for i in range(len(samples))])
-                yield to_float(images.to(device, non_blocking=True))
+                yield to_float(to_device(images, device))
 
     def take(self, batches):
         """The pictures of each list of indices: uint8 (B, K, 3, H, W) and labels (B,). What cannot be read is
@@ -532,15 +653,167 @@ def ignore_interrupts(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def load_data(name, split, size=32, n=None, data_dir=None, flip=True, ranges=()):
-    """The data set that --data names: one of ARRAY_NAMES, or a folder of pictures."""
+# ------------------------------------------------------------------------------------------------------------
+# Pictures with captions
+
+class CaptionedData(FolderData):
+    """Pictures with one or several captions each: a .jsonl, a folder, or .tar archives.
+
+    .jsonl   a line {"image": path, "text": caption} each; paths are relative to the file
+    folder   picture.txt beside picture.png; several lines are several captions
+    .tar     picture.jpg and picture.txt or .json ("text" or "caption") one after the other, and perhaps .cls,
+             a class id: one archive, or a folder of them. They are read where they lie, in any order
+    What has no picture or, with captioned, no caption is left out; one warning counts it. Never mirrored
+    unless asked: captions speak of left and right. """
+
+    def __init__(self, source, split, size=32, n=None, flip=False, ranges=(), captioned=True):
+        self.captioned = captioned
+        super().__init__(source, split, size, n, flip, ranges)
+        self.arguments["captioned"] = captioned
+
+    def find_files(self, source, split):
+        base, folder = split_folders(source, split)
+        shards = sorted(folder.glob("*.tar")) if folder.is_dir() else [folder] * (folder.suffix == ".tar")
+        found = (tar_entries(shards) if shards else folder_entries(folder) if folder.is_dir() else
+                 jsonl_entries(folder))
+        files, lacking = [], Counter()
+        for file, captions, label in found:
+            if file is None:
+                lacking["picture"] += 1
+            elif self.captioned and not captions:
+                lacking["caption"] += 1
+            else:
+                files.append((file, label, captions))
+        total = len(files) + lacking.total()
+        if not files:
+            raise InputError(f"{folder} holds no pictures with captions: of {total} entries "
+                             f"{lacking['picture']} lack the picture, {lacking['caption']} the caption. Give "
+                             'a .jsonl of {"image": path, "text": caption}, a folder with picture.txt beside '
+                             "picture.png, or .tar archives of such pairs")
+        if lacking:
+            print(f"warning: left out {lacking.total()} of {total} entries of {folder}: "
+                  f"{lacking['picture']} lack the picture, {lacking['caption']} the caption", file=sys.stderr)
+        self.class_names = [str(i) for i in range(1 + max(label for _, label, _ in files))]
+        own_split = split_folders(source, "test")[1] != base
+        return files if own_split or len(files) == 1 else hold_out(files, split)
+
+    def fingerprint(self):
+        return hashlib.sha256((super().fingerprint() + repr(self.captions)).encode()).hexdigest()
+
+
+def caption_list(found):
+    """The captions in a value of a .json: a string, a list of strings, or anything else, which is none."""
+    texts = [found] if isinstance(found, str) else found if isinstance(found, list) else []
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+
+
+# Each of the three yields (file or None, captions, class id) per picture.
+
+def jsonl_entries(path):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--data {path} cannot be read ({error})") from None
+    for line in filter(str.strip, lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("image"), str):
+            yield None, [], 0
+            continue
+        file = path.parent / record["image"]
+        yield file if file.is_file() else None, caption_list(record.get("text")), 0
+
+
+def folder_entries(folder):
+    for file in image_files(folder):
+        text = file.with_suffix(".txt")
+        captions = text.read_text(encoding="utf-8", errors="replace").splitlines() if text.is_file() else []
+        yield file, caption_list(captions), 0
+
+
+def tar_entries(shards):
+    for shard in shards:
+        samples, changed = {}, shard.stat().st_mtime_ns          # name without its endings: {ending: member}
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in filter(tarfile.TarInfo.isfile, tar):
+                    folder, name = os.path.split(member.name)
+                    stem, _, ending = name.partition(".")
+                    place = TarMember(shard, member.name, member.offset_data, member.size, changed)
+                    samples.setdefault((folder, stem), {})[f".{ending.lower()}"] = place
+        except (tarfile.TarError, OSError) as error:
+            if not samples:
+                raise InputError(f"{shard} is not a .tar archive ({error}); compressed ones are not read: "
+                                 "gunzip them") from None
+            print(f"warning: {shard} ends early ({error})", file=sys.stderr)
+        for parts in samples.values():
+            image = next((file for ending, file in parts.items() if ending in image_endings()), None)
+            yield image, tar_captions(parts), tar_class(parts)
+
+
+def tar_captions(parts):
+    if ".txt" in parts:
+        return caption_list(parts[".txt"].read_bytes().decode("utf-8", "replace").splitlines())
+    try:
+        record = json.loads(parts[".json"].read_bytes())
+        return caption_list(record.get("text", record.get("caption")))
+    except (KeyError, ValueError, AttributeError):
+        return []
+
+
+def tar_class(parts):
+    text = parts[".cls"].read_bytes().strip() if ".cls" in parts else b""
+    return int(text) if text.isdigit() else 0
+
+
+def draw_emoji(font, folder, size=32):
+    """The worked example of captioned pictures: every emoji of a colour font that is one code point, on
+    white, as folder/1f600.png, its lower-cased Unicode name in 1f600.txt. Returns how many."""
+    try:
+        font = ImageFont.truetype(font, 109)                     # the one size of Noto's bitmaps
+    except OSError as error:
+        raise InputError(f"--font {font} cannot be used ({error}): on Debian, apt-get install "
+                         "fonts-noto-color-emoji puts NotoColorEmoji.ttf into "
+                         "/usr/share/fonts/truetype/noto") from None
+    folder, count = Path(folder), 0
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def picture(character):
+        canvas = Image.new("RGB", (136, 136), "white")
+        ImageDraw.Draw(canvas).text((0, 4), character, font=font, embedded_color=True)
+        return canvas
+    blank, missing = picture(" ").tobytes(), picture("\U0010fffd").tobytes()
+    for code in range(0xa9, 0x1fb00):
+        name = unicodedata.name(chr(code), "").lower()
+        if name and unicodedata.category(chr(code))[0] in "SP":
+            drawn = picture(chr(code))
+            if drawn.tobytes() not in (blank, missing):
+                drawn.resize((size, size), Image.Resampling.LANCZOS).save(folder / f"{code:x}.png")
+                (folder / f"{code:x}.txt").write_text(name)
+                count += 1
+    return count
+
+
+def load_data(name, split, size=32, n=None, data_dir=None, flip=None, ranges=(), captioned=False):
+    """The data set that --data names: one of ARRAY_NAMES, a folder of pictures, a .jsonl or .tar archives.
+
+    captioned  only pictures with captions, and with those
+    flip       with mirror images; if left out, only where there are no captions """
+    if any(scale < 1 for scale in ranges):
+        raise InputError("--ten-crop: a range below 1 leaves no room for the crops")
     if name in ARRAY_NAMES:
         if ranges:
             raise InputError(f"{name} has no margin to cut: ten crops are for folders of larger pictures")
-        return ArrayData(name, split, size, n, data_dir)
-    if not Path(name).is_dir():
-        raise InputError(f"--data {name}: neither a folder nor one of {', '.join(ARRAY_NAMES)}")
-    return FolderData(name, split, size, n, flip, ranges)
+        return ArrayData(name, split, size, n, data_dir, captioned)
+    path, flip = Path(name), not captioned if flip is None else flip
+    if not path.exists():
+        raise InputError(f"--data {name}: neither a folder, a .jsonl or .tar file, nor one of "
+                         f"{', '.join(ARRAY_NAMES)}")
+    if captioned or path.is_file() or any(path.glob("*.tar")) or any(path.glob("train/*.tar")):
+        return CaptionedData(path, split, size, n, flip, ranges, captioned)
+    return FolderData(path, split, size, n, flip, ranges)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -555,6 +828,28 @@ def positive(kind):
         return value
     parse.__name__ = f"positive {kind.__name__}"
     return parse
+
+
+def natural(text):
+    """An argparse type: a whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below zero")
+    return value
+
+
+def share(text):
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def flag_parser(description):
+    """An ArgumentParser that answers a wrong flag with two lines instead of with all flags there are."""
+    return argparse.ArgumentParser(description=description, usage="%(prog)s [flags]; --help explains them",
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def pick_device(name):
@@ -577,6 +872,8 @@ def run(main, get_args):
         main(get_args())
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:                          # no such folder, no permission, disk full
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -598,15 +895,17 @@ def wait_for_all():
 
 
 class SharedArray:
-    """A .npy file that one or several processes fill in units of `unit` rows; what is filled survives a kill.
+    """A .npy file that one or several processes fill unit by unit; what is filled survives a kill.
 
-    key   names everything that the rows depend on: an earlier try is continued only if it had the same key
-    mine  the numbers of the units that this process has to fill, evenly shared out
-    rows  the array; write the rows of a unit, then mark done[unit] as DONE, or as SKIPPED to leave them out
+    key    names everything that the rows depend on: an earlier try is continued only if it had the same key
+    units  how many pieces the work has; if left out, every row is one
+    mine   the numbers of the units that this process has to fill, evenly shared out
+    rows   the array; write the rows of a unit, then mark done[unit] as DONE; where every row is a unit also
+           as SKIPPED, to leave it out
     """
     DONE, SKIPPED = 1, 2
 
-    def __init__(self, path, shape, dtype, key, unit=1):
+    def __init__(self, path, shape, dtype, key, units=None):
         rank, world = rank_and_world()
         self.path = Path(path)
         self.partial = self.path.with_name(f"{self.path.name}.{key}.partial")
@@ -615,7 +914,7 @@ class SharedArray:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(self.partial, mode="w+", dtype=dtype, shape=shape)
             started = self.flags.with_suffix(".new")             # renamed last: with flags, there are rows
-            np.save(open(started, "wb"), np.zeros(-(-shape[0] // unit), np.uint8))
+            np.save(open(started, "wb"), np.zeros(units or shape[0], np.uint8))
             started.replace(self.flags)
         wait_for_all()
         self.rows, self.done = (np.load(name, mmap_mode="r+") for name in (self.partial, self.flags))
@@ -671,6 +970,7 @@ def extract_codes(vq, vq_hash, data, folder, device, batch_size=32):
 
     codes.npy    uint16 (M, K, N), for np.load(..., mmap_mode="r")
     labels.npy   int64 (M,)
+    captions.json  for captioned pictures, a list of M lists of strings
     about.json   the data set, its class names, the tokenizer's hash; written last, so with it all is complete
     """
     if vq.config.codebook_size > 65536:
@@ -696,6 +996,10 @@ def extract_codes(vq, vq_hash, data, folder, device, batch_size=32):
     if rank_and_world()[0] == 0:
         data.warn(skipped)
         np.save(folder / "labels.npy", np.delete(data.labels.numpy(), skipped))
+        if data.captions:
+            left_out = set(skipped.tolist())
+            captions = [texts for i, texts in enumerate(data.captions) if i not in left_out]
+            (folder / "captions.json").write_text(json.dumps(captions))
         about = dict(key=key, vq_hash=vq_hash, data=data.arguments, class_names=data.class_names,
                      skipped=skipped.tolist())
         (folder / "about.new").write_text(json.dumps(about))
@@ -727,6 +1031,15 @@ def read_codes(folder):
         raise InputError(f"{folder}: the codes cannot be read ({error}): extract them again") from None
 
 
+def read_captions(folder):
+    """The captions of the pictures whose codes are in `folder`: a list of M lists of strings."""
+    try:
+        return json.loads((Path(folder) / "captions.json").read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{folder} has codes without captions: extract them from captioned pictures, with "
+                         "data.py extract --captions") from None
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Pictures for people
 
@@ -737,7 +1050,8 @@ def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
     scale = max(1, min(scale, 512 // H))
     rows = math.ceil(M / columns)
     font = ImageFont.load_default(size=max(12, min(22, H * scale // 5)))
-    margin = max((int(font.getlength(name)) for name in row_names), default=0) + (16 if row_names else 0)
+    row_names = [textwrap.wrap(name, 24) or [""] for name in row_names]      # long ones in several lines
+    margin = max((int(font.getlength(line)) + 16 for name in row_names for line in name), default=0)
     head = 24 if titles else 0
     cell_h, cell_w = head + H * scale + gap, W * scale + gap
     sheet = Image.new("RGB", (margin + columns * cell_w + gap, rows * cell_h + gap), "white")
@@ -749,7 +1063,7 @@ def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
         if titles:
             draw.text((x + 2, y + head // 2), fitted(titles[i], font, cell_w - 4), "black", font, anchor="lm")
     for row, name in enumerate(row_names):
-        draw.text((8, gap + row * cell_h + H * scale // 2), name, "black", font, anchor="lm")
+        draw.text((8, gap + row * cell_h + H * scale // 2), "\n".join(name), "black", font, anchor="lm")
     return sheet
 
 
@@ -793,8 +1107,7 @@ def check_codes(folder, vq, vq_hash, device, path, count=8):
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__)
     commands = parser.add_subparsers(dest="command")
     draw = commands.add_parser("draw", help="draw 40 pictures of the default data set (the default)")
     draw.add_argument("--out", default="out/shapes.png", help="the PNG")
@@ -802,6 +1115,7 @@ def get_args(argv=None):
     extract.add_argument("--data", required=True, help=f"{', '.join(ARRAY_NAMES)}, or a folder of pictures")
     extract.add_argument("--data-dir", help="where to look for the data set's files first")
     extract.add_argument("--out", required=True, help="folder of the codes; train/ and test/ are made in it")
+    extract.add_argument("--captions", action="store_true", help="only pictures with captions, and those too")
     extract.add_argument("--splits", nargs="+", default=["train", "test"], choices=["train", "test"],
                          help="which parts of the data set")
     extract.add_argument("--image-size", type=positive(int), default=32, help="side of a crop in pixels")
@@ -811,6 +1125,11 @@ def get_args(argv=None):
     extract.add_argument("--limit", type=positive(int), help="only so many pictures of each split")
     extract.add_argument("--batch-size", type=positive(int), default=32,
                          help="pictures read at a time; does not change the codes")
+    emoji = commands.add_parser("emoji", help="draw a colour font as a folder of captioned pictures")
+    emoji.add_argument("--font", default="/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
+                       help="the font's file; the default is that of Debian's fonts-noto-color-emoji")
+    emoji.add_argument("--out", default="out/emoji", help="the folder")
+    emoji.add_argument("--image-size", type=positive(int), default=32, help="side of a picture in pixels")
     check = commands.add_parser("check", help="decode a few codes beside their source pictures")
     check.add_argument("codes", help="a folder that extract wrote, such as codes/train")
     check.add_argument("--out", default="out/check.png", help="the PNG")
@@ -831,6 +1150,9 @@ def main(args):
         for item in items[:4]:
             print(f"         {item['caption']}")
         return
+    if args.command == "emoji":
+        print(f"{draw_emoji(args.font, args.out, args.image_size):,} captioned pictures -> {args.out}")
+        return
     device = pick_device(args.device)
     vq = load_tokenizer(args.vq, device)
     vq_hash = weights_hash(vq)
@@ -842,10 +1164,9 @@ def main(args):
     if args.image_size % vq.config.downsample:
         raise InputError(f"--image-size {args.image_size} is not a multiple of {vq.config.downsample}, the "
                          f"pixels that {args.vq} makes one token of")
-    if any(scale < 1 for scale in args.ten_crop):
-        raise InputError("--ten-crop: a range below 1 leaves no room for the crops")
     for split in args.splits:
-        data = load_data(args.data, split, args.image_size, args.limit, args.data_dir, ranges=args.ten_crop)
+        data = load_data(args.data, split, args.image_size, args.limit, args.data_dir, ranges=args.ten_crop,
+                         captioned=args.captions)
         extract_codes(vq, vq_hash, data, Path(args.out) / split, device, args.batch_size)
         codes, labels, _ = read_codes(Path(args.out) / split)
         if rank_and_world()[0] == 0:

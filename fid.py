@@ -9,12 +9,12 @@ Paper:  FID (Heusel 2017); sFID (Nash 2021); Inception Score (Salimans 2016); pr
         (Kynkaanniemi 2019); SSIM (Wang 2004). All with the definitions of ADM's evaluator (Dhariwal 2021),
         which the LlamaGen paper used.
 """
-import argparse
 import functools
 import hashlib
 import json
 import math
 import os
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -27,8 +27,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data as data_module
-from data import (ARRAY_NAMES, ArrayData, batch_indices, find_file, image_files, in_order, load_data,
-                  pick_device, positive, read_image, run, to_float)
+from data import (ARRAY_NAMES, BACKGROUNDS, COLOURS, KINDS, RELATIONS, SIZES, ArrayData, batch_indices,
+                  captioned_shapes, find_file, flag_parser, image_files, in_order, load_data, pick_device,
+                  positive, read_image, run, to_float)
 from tokenizer import (InputError, codebook_statistics, fill_weights, load_tokenizer, read_checkpoint,
                        weights_hash)
 from train_vq import learning_rate, peak_signal_to_noise, reconstructions, save_checkpoint
@@ -359,6 +360,9 @@ class Classifier(nn.Module):
         pool = self.body(images).mean(dim=(2, 3))                #        (B, D)
         return pool, self.head(pool)                             # logits (B, K)
 
+    def loss(self, logits, labels):
+        return F.cross_entropy(logits, labels)
+
     @torch.no_grad()
     def features(self, images):
         """pool (B, D) and logits (B, K), float32, from images uint8 (B, 3, H, W)."""
@@ -366,27 +370,132 @@ class Classifier(nn.Module):
         return {"pool": pool, "logits": logits}
 
 
-def train_classifier(data, device, epochs=3, batch_size=64, lr=3e-3, seed=0):
-    """A Classifier in eval mode, trained on all pictures of `data`; kept in the cache for the next time."""
+class AttributeReader(Classifier):
+    """Reads from a picture of one or two shapes what its caption should say: several answers at once.
+
+    The first of two shapes is the left or the upper one; the grid is not averaged, or places would be lost.
+    """
+    HEADS = {"kind": KINDS, "colour": COLOURS, "kind of second": KINDS, "colour of second": COLOURS,
+             "background": BACKGROUNDS, "size": SIZES, "layout": ("alone", "beside", "above")}
+
+    def __init__(self, side):
+        super().__init__(sum(map(len, self.HEADS.values())))
+        self.head = nn.Linear(128 * (side // 16) ** 2, self.head.out_features)
+
+    def forward(self, images):                                   # images (B, 3, H, W) in [-1, 1]
+        grid = self.body(images).flatten(1)
+        return grid, self.head(grid)
+
+    def split(self, logits):
+        return logits.split([len(words) for words in self.HEADS.values()], dim=1)
+
+    def loss(self, logits, targets):
+        """Mean cross-entropy over the answers that a picture has; the others are -100 in targets (B, 7)."""
+        return sum(F.cross_entropy(part, target, reduction="sum") for part, target
+                   in zip(self.split(logits), targets.T)) / (targets >= 0).sum()
+
+    @classmethod
+    def answers(cls, item):
+        """The right answers (7,) for a picture's attributes, in the form of parse_caption."""
+        shapes = in_reading_order(item)
+        found = [shapes[0]["kind"], shapes[0]["colour"], None, None, item["background"], item.get("size"),
+                 "alone"]
+        if len(shapes) == 2:
+            beside = item["relation"] in ("left of", "right of")
+            found[2:4] = shapes[1]["kind"], shapes[1]["colour"]
+            found[6] = "beside" if beside else "above"
+        return [list(words).index(word) if word else -100 for word, words in zip(found, cls.HEADS.values())]
+
+
+def in_reading_order(item):
+    """The shapes of a picture: the only one, or the left or upper one first."""
+    shapes = item.get("shapes", [item])
+    return shapes[::-1] if item.get("relation") in ("right of", "below") else shapes
+
+
+SHAPE = r"an? (?:(?P<size{0}>small|large) )?(?P<colour{0}>\w+) (?P<kind{0}>\w+)"
+CAPTION = re.compile(f"{SHAPE.format(0)}(?: (?P<relation>{'|'.join(RELATIONS)}) {SHAPE.format(1)})?"
+                     r" on a (?P<background>\w+) background")
+
+
+def parse_caption(caption):
+    """The attributes that a caption of `shapes` names: the inverse of its making in data.py."""
+    match = CAPTION.fullmatch(caption)
+    known = {"kind0": KINDS, "kind1": KINDS, "colour0": COLOURS, "colour1": COLOURS,
+             "background": BACKGROUNDS}
+    if not match or any(match[name] not in (*words, None) for name, words in known.items()):
+        raise InputError(f'"{caption}" is not a caption of shapes, such as "a large red star on a navy '
+                         'background" or "a red circle left of a blue square on a white background"')
+    first, second = ({"kind": match[f"kind{i}"], "colour": match[f"colour{i}"]} for i in (0, 1))
+    item = {"background": match["background"]}
+    if match["relation"]:
+        return item | {"shapes": [first, second], "relation": match["relation"]}
+    return item | first | {"size": match["size0"]}
+
+
+def train_reader(device, side):
+    """An AttributeReader for pictures of `side` pixels: of one and of two shapes, in all combinations."""
+    images, items = zip(*(captioned_shapes("train", size=side, seen=seen) for seen in (True, False)))
+    images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2)
+    targets = torch.tensor([AttributeReader.answers(item) for item in items[0] + items[1]])
+    key = f"reader {side} {hashlib.sha256(images.numpy().tobytes()).hexdigest()}"
+    return train_judge(lambda: AttributeReader(side), images, targets, key, device, epochs=4)
+
+
+def agreement(images, captions, device):
+    """Shares of pictures uint8 (M, 3, H, W) that agree with their captions: kind and colour over all shapes,
+    background, size over pictures of one shape, and order: that the first-named of two is where it should be.
+    """
+    items = [parse_caption(caption) for caption in captions]
+    reader = train_reader(device, images.shape[-1])
+    logits = torch.cat([reader.features(block.to(device))["logits"].cpu() for block in images.split(500)])
+    read = torch.stack([part.argmax(dim=1) for part in reader.split(logits)], dim=1)        # (M, 7)
+    right = torch.tensor([reader.answers(item) for item in items])                          # (M, 7)
+    same = read == right
+    two = right[:, 2] >= 0
+    # Of two shapes each counts as itself wherever it stands: read them in the order that fits better.
+    swapped = torch.stack([read[:, i] == right[:, j] for i, j in ((2, 0), (3, 1), (0, 2), (1, 3))], dim=1)
+    in_place = same[:, :4].sum(dim=1) > swapped.sum(dim=1)
+    best = torch.where((in_place | ~two)[:, None], same[:, :4], swapped)                    # (M, 4)
+    share = lambda x: x.double().mean().item()
+    shares = {"Kind": share(torch.cat([best[:, 0], best[two, 2]])),
+              "Colour": share(torch.cat([best[:, 1], best[two, 3]])),
+              "Background": share(same[:, 4])}
+    sized = right[:, 5] >= 0
+    if sized.any():
+        shares["Size"] = share(same[sized, 5])
+    if two.any():
+        shares["Order"] = share(in_place[two] & same[two, 6])
+    return shares
+
+
+def train_classifier(data, device):
+    """A Classifier in eval mode, trained on all pictures of `data`."""
+    return train_judge(lambda: Classifier(len(data.class_names)), data.images, data.labels,
+                       data.fingerprint(), device, epochs=3)
+
+
+def train_judge(make, images, targets, key, device, epochs, batch_size=64, lr=3e-3, seed=0):
+    """The network that make() gives, in eval mode, trained to give these targets (M, ...) for the images
+    uint8 (M, 3, H, W). It is kept in the cache, under a name made of `key`, for the next time."""
     torch.manual_seed(seed)
-    net = Classifier(len(data.class_names)).to(device)
-    key = f"{data.fingerprint()} blurred {epochs} {batch_size} {lr} {seed}"
+    net = make().to(device)
+    key = f"{key} {epochs} {batch_size} {lr} {seed}"
     path = data_module.CACHE / "classifier" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if path.exists():
         return fill_weights(net, read_checkpoint(path)["model"], path).eval()
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
-    steps = epochs * len(data) // batch_size
-    order = batch_indices(len(data), batch_size, seed)
+    steps = epochs * len(images) // batch_size
+    order = batch_indices(len(images), batch_size, seed)
     for step in tqdm(range(steps), desc="training the classifier", unit=" steps"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(lr, step, step / steps, warmup=50)
         index = next(order)
-        images = to_float(data.images[index].to(device))
+        batch = to_float(images[index].to(device))
         # Half of them blurred, half noisy: it shall judge what is drawn, not how sharply a decoder draws it.
-        images[::2] = F.avg_pool2d(images[::2], 3, 1, 1, count_include_pad=False)
-        images[1::2] += 0.05 * torch.randn_like(images[1::2])
-        logits = net(images)[1]
-        loss = F.cross_entropy(logits, data.labels[index].to(device))
+        batch[::2] = F.avg_pool2d(batch[::2], 3, 1, 1, count_include_pad=False)
+        batch[1::2] += 0.05 * torch.randn_like(batch[1::2])
+        loss = net.loss(net(batch)[1], targets[index].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -456,7 +565,7 @@ class ImageSet:
     """
 
     def __init__(self, path):
-        self.path, self.statistics, self.labels = Path(path), {}, None
+        self.path, self.statistics, self.labels, self.prompts = Path(path), {}, None, None
         self.count, self.features_found = 0, None
         if self.path.is_dir():
             self.count = len(ImageFolder(self.path).files)
@@ -466,6 +575,7 @@ class ImageSet:
                 names = ("mu", "sigma", "mu_s", "sigma_s")
                 self.statistics = {name: file[name] for name in names if name in file}
                 self.labels = file["label"] if "label" in file else None
+                self.prompts = file["prompt"].tolist() if "prompt" in file else None
                 images = "arr_0" in file
             if images:
                 self.count = npz_images(self.path, 1)[0]
@@ -607,6 +717,9 @@ def evaluate_samples(args, device):
     """The metrics of args.samples against args.ref, by the features that args.features names."""
     if args.ref in ARRAY_NAMES:
         samples = ImageSet(args.samples)
+        if samples.count and samples.prompts is not None:
+            images = torch.cat(list(samples.batches(1000)))
+            return agreement(images, samples.prompts, device)
         if not samples.count or samples.labels is None:
             raise InputError(f"{args.samples} needs arr_0 and label to be judged by a classifier: write it "
                              f"with python sample.py --npz")
@@ -660,8 +773,7 @@ def plot_lines(table, x, columns, path, size=(300, 240), margin=46):
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__)
     parser.add_argument("ref", nargs="?", metavar="REF",
                         help="the real pictures: a folder, an .npz, or for the classifier "
                              f"{', '.join(ARRAY_NAMES)}")

@@ -43,6 +43,8 @@ class GPTConfig:
         if self.dim % self.n_head or self.dim // self.n_head % 4:
             raise InputError(f"dim {self.dim} over {self.n_head} heads: the head width has to be a multiple "
                              "of 4, one half for rows and one for columns, each in pairs")
+        if not 0 <= self.drop_path < 1:
+            raise InputError(f"drop_path {self.drop_path}: has to be from 0 to below 1")
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise InputError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
 
@@ -215,6 +217,7 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("uncond_embedding", null)           # a buffer, so no optimizer ever sees it
 
     def forward(self, cond):                                     # cond (B, L, E)
+        cond = cond.to(self.cap_proj.fc1.weight.dtype)
         if self.training and self.dropout > 0:
             dropped = torch.rand(cond.shape[0], 1, 1, device=cond.device) < self.dropout
             cond = torch.where(dropped, self.uncond_embedding.to(cond.dtype), cond)
@@ -342,8 +345,8 @@ def infer_gpt_config(weights, image_size, path):
     return GPTConfig(**config, num_classes=weights["cls_embedding.embedding_table.weight"].shape[0] - 1)
 
 
-def gpt_from_checkpoint(checkpoint, path, image_size=None, device="cpu", dtype=torch.float32):
-    """The GPT in an already read checkpoint; see load_gpt."""
+def gpt_weights(checkpoint, path, image_size=None):
+    """The configuration and the weights in an already read checkpoint; see load_gpt."""
     weights = {name: w for name, w in checkpoint["model"].items() if name != "freqs_cis"}  # an old table
     if "tok_embeddings.weight" not in weights:
         raise InputError(f"{path} is not a GPT checkpoint: it has no token embedding (tok_embeddings.weight)")
@@ -353,6 +356,12 @@ def gpt_from_checkpoint(checkpoint, path, image_size=None, device="cpu", dtype=t
         config = GPTConfig(**checkpoint["config"])
         if image_size and (image_size // 16) ** 2 != config.block_size:
             raise InputError(f"{path} makes {config.block_size} tokens per image: leave the image size out")
+    return config, weights
+
+
+def gpt_from_checkpoint(checkpoint, path, image_size=None, device="cpu", dtype=torch.float32):
+    """The GPT in an already read checkpoint; see load_gpt."""
+    config, weights = gpt_weights(checkpoint, path, image_size)
     return build(GPT, config, weights, path, device, dtype)
 
 

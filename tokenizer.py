@@ -392,6 +392,7 @@ def load_tokenizer(path, device="cpu"):
 def codebook_statistics(counts):
     """From how often each entry was used, (V,): the share of entries used at all, and the perplexity exp(H),
     H = -sum p ln p: so many equally popular entries would be as varied."""
+    counts = counts.cpu()                                        # not every device has float64
     p = counts[counts > 0].double() / counts.sum()
     return (counts > 0).double().mean().item(), (-(p * p.log()).sum()).exp().item()
 

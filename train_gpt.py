@@ -1,13 +1,15 @@
-"""Train the GPT on the tokens of a data set: next-token prediction with a class in front.
+"""Train the GPT on the tokens of a data set: next-token prediction with a class or a caption in front.
 
-Shapes: B images, N tokens of an image, K crops per image, V vocabulary, H x W pixels.
+Shapes: B images, N tokens of an image, K crops per image, V vocabulary, H x W pixels, L condition tokens.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2 and 3.2.
 Run:    python train_gpt.py                                        # after train_vq.py; 6 minutes on a laptop
         python train_gpt.py --data fashion_mnist --minutes 12
+        python train_gpt.py --cond text --minutes 15 --out out/text/gpt.pt
 """
-import argparse
+import copy
 import math
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,14 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from data import (batch_indices, code_key, extract_codes, image_grid, load_data, pick_device, positive,
-                  read_about, read_codes, run, to_uint8)
-from model import GPT, GPT_SIZES, GPTConfig
+from data import (batch_indices, code_key, extract_codes, flag_parser, image_grid, load_data, natural,
+                  pick_device, positive, read_about, read_captions, read_codes, run, share, spread, to_device,
+                  to_uint8)
+from model import GPT, GPT_SIZES, GPTConfig, gpt_weights
 from sample import generate
-from tokenizer import InputError, load_tokenizer, read_checkpoint, weights_hash
+from text import (Captions, pretrained_text_encoder, saved_text_encoder, tiny_text_encoder,
+                  tiny_text_encoder_from)
+from tokenizer import InputError, fill_weights, load_tokenizer, read_checkpoint, weights_hash
 from train_vq import (Clock, Log, add_training_flags, learning_rate, mixed_precision, random_state,
                       restore_random_state, resume_state, save_checkpoint, update_ema)
 
@@ -32,88 +37,135 @@ def parameter_groups(gpt, weight_decay):
 
 
 def prepare_codes(args, vq, vq_hash, device):
-    """The tokens of the training and of the held-out pictures, each as read_codes gives it: those in --codes,
-    or made now from --data and kept beside --out for the next run."""
+    """The folders with the tokens of the training and of the held-out pictures, for read_codes: those in
+    --codes, or made now from --data and kept beside --out for the next run."""
     splits = ("train", "test")
     if args.codes:
         folders = [Path(args.codes) / split for split in splits]
         if any(read_about(folder)["vq_hash"] != vq_hash for folder in folders):
             raise InputError(f"{args.codes} and {args.vq} do not belong together: the codes are those of "
                              f"another tokenizer")
-        return [read_codes(folder) for folder in folders]
-    size = args.image_size or read_checkpoint(args.vq).get("image_size", 256)    # 256: a released tokenizer
+        return folders
+    size = args.image_size or read_checkpoint(args.vq, mmap=True).get("image_size", 256)    # 256: released
     if size % vq.config.downsample:
         raise InputError(f"--image-size {size}: {args.vq} makes one token of {vq.config.downsample} x "
                          f"{vq.config.downsample} pixels, so the size has to be a multiple of "
                          f"{vq.config.downsample}")
-    all_codes = []
+    folders = []
     for split in splits:
-        data = load_data(args.data, split, size, args.limit, args.data_dir, ranges=args.ten_crop)
-        folder = Path(args.out).parent / "codes" / code_key(vq_hash, data)
-        extract_codes(vq, vq_hash, data, folder, device)
-        all_codes.append(read_codes(folder))
-    return all_codes
+        data = load_data(args.data, split, size, args.limit, args.data_dir, ranges=args.ten_crop,
+                         captioned=args.cond == "text")
+        folders.append(Path(args.out).parent / "codes" / code_key(vq_hash, data))
+        extract_codes(vq, vq_hash, data, folders[-1], device)
+    return folders
 
 
-def code_batches(codes, labels, batch_size, seed, start=0, device="cpu"):
-    """Endless batches of tokens (B, N) int64 and labels (B,), one random crop of
-    each picture. No Python per picture."""
-    labels = torch.from_numpy(labels)
-    for step, index in enumerate(batch_indices(len(labels), batch_size, seed, start), start):
-        crop = np.random.default_rng((seed, step)).integers(codes.shape[1], size=len(index))
-        tokens = torch.from_numpy(codes[index.numpy(), crop].astype(np.int64))
-        batch = tokens, labels[index]
-        if device.type == "cuda":                         # pinned memory lets the copy overlap with computing
-            batch = tuple(t.pin_memory() for t in batch)
-        yield tuple(t.to(device, non_blocking=True) for t in batch)
+class Classes:
+    """The classes of M pictures as conditions; for captions, text.Captions does the same."""
+
+    def __init__(self, labels, names):
+        self.labels, self.names = labels, names
+
+    def draw(self, pictures, rng):
+        return self.labels[pictures]
+
+    def lookup(self, rows):
+        return (torch.from_numpy(rows),)
+
+
+def prepare_captions(args, folders, saved, device):
+    """The Captions of the training and of the held-out pictures, and the text encoder that is still to run in
+    every step: None if its features are cached. saved: that of a checkpoint to go on from, or None."""
+    train, test = (read_captions(folder) for folder in folders)
+    if args.text_encoder == "tiny" and saved:
+        text = tiny_text_encoder_from(saved, args.init or args.out, device).train()
+    elif args.text_encoder == "tiny":
+        text = tiny_text_encoder([c for several in train for c in several], args.text_length or 32).to(device)
+    else:
+        text = pretrained_text_encoder(args.text_encoder, args.text_length or 120, device)
+    train, test = Captions(train, text), Captions(test, text)
+    if text.cut:
+        print(f"warning: {text.cut} captions are longer than {text.length} tokens and lose their ends",
+              file=sys.stderr)
+    if args.text_encoder == "tiny" or args.live_features:
+        return train, test, text
+    for captions, folder in zip((train, test), folders):
+        captions.cache_features(text, folder, device)
+    return train, test, None
+
+
+def to_condition(text, given):
+    """The GPT's cond and cond_mask from what `lookup` gave: captions' ids are to be encoded, classes and
+    cached features are ready."""
+    return text(*given) if text else (*given, None)[:2]
+
+
+def code_batches(codes, conditions, batch_size, seed, start=0, device="cpu"):
+    """Endless batches: tokens (B, N) int64, one random crop of each picture, and what conditions.lookup
+    gives. No Python per picture."""
+    for step, index in enumerate(batch_indices(len(codes), batch_size, seed, start), start):
+        rng, index = np.random.default_rng((seed, step)), index.numpy()
+        crop = rng.integers(codes.shape[1], size=len(index))
+        tokens = torch.from_numpy(codes[index, crop].astype(np.int64))
+        batch = tokens, *conditions.lookup(conditions.draw(index, rng))
+        yield tuple(to_device(t, device) for t in batch)
 
 
 @torch.inference_mode()
-def validation_loss(gpt, codes, labels, device, count=1000, batch_size=100):
-    """Mean nats per token over the first crop of the first `count` held-out pictures, without dropout."""
-    gpt.eval()
-    total, count = torch.zeros((), device=device), min(count, len(labels))
-    for i in range(0, count, batch_size):
-        rows = slice(i, min(i + batch_size, count))
-        tokens = torch.from_numpy(codes[rows, 0].astype(np.int64)).to(device)    # (B, N)
-        classes = torch.from_numpy(labels[rows]).to(device)                      # (B,)
+def validation_loss(gpt, text, codes, conditions, device, count, batch_size=100):
+    """Mean nats per token over the first crop of `count` held-out pictures, evenly spread."""
+    total, pictures = torch.zeros((), device=device), np.array(spread(range(len(codes)), count))
+    for i in range(0, len(pictures), batch_size):
+        index = pictures[i:i + batch_size]
+        tokens = torch.from_numpy(codes[index, 0].astype(np.int64)).to(device)   # (B, N)
+        rows = conditions.draw(index, np.random.default_rng(i))
         with mixed_precision(device):
-            total += gpt(tokens[:, :-1], classes, targets=tokens)[1] * len(tokens)
-    gpt.train()
-    return (total / count).item()
+            cond, mask = to_condition(text, [t.to(device) for t in conditions.lookup(rows)])
+            total += gpt(tokens[:, :-1], cond, tokens, mask)[1] * len(tokens)
+    return (total / len(pictures)).item()
 
 
-def save_samples(gpt, vq, class_names, device, path, args, columns=8):
-    """A labelled PNG: one row per class (the first ten), the same random numbers every time."""
-    names = class_names[:10]
-    classes = torch.arange(len(names), device=device).repeat_interleave(columns)
-    gpt.eval()
-    tokens = generate(gpt, classes, cfg_scale=args.cfg_scale, temperature=args.temperature,
+@torch.no_grad()
+def save_samples(gpt, text, vq, conditions, device, path, args, columns=8):
+    """A labelled PNG: one row for each of ten classes or captions, the same random numbers every time."""
+    rows = np.array(spread(range(len(conditions.names)), 10)).repeat(columns)
+    cond, mask = to_condition(text, [t.to(device) for t in conditions.lookup(rows)])
+    tokens = generate(gpt, cond, mask, cfg_scale=args.cfg_scale, temperature=args.temperature,
                       generator=torch.Generator(device).manual_seed(args.seed))
-    gpt.train()
-    with torch.inference_mode():
-        pixels = to_uint8(vq.detokenize(tokens)).cpu().numpy()
-    image_grid(pixels, columns, row_names=names).save(path)
+    pixels = to_uint8(vq.detokenize(tokens)).cpu().numpy()
+    image_grid(pixels, columns, row_names=[conditions.names[i] for i in rows[::columns]]).save(path)
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__)
     add_training_flags(parser, out="out/gpt.pt", minutes=6.25)
     parser.add_argument("--vq", default="out/vq.pt", help="the tokenizer: train_vq.py's or a released one")
     parser.add_argument("--codes", help="a folder that data.py extract filled, instead of --data")
     parser.add_argument("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
                         help="tokenize ten crops of the picture at RANGE times the size: 1.1 1.05 in the "
                              "paper; if left out, the centre crop and its mirror image")
+    group = parser.add_argument_group("text")
+    group.add_argument("--cond", default="class", choices=("class", "text"),
+                       help="what stands in front of the image tokens: the picture's class or its caption")
+    group.add_argument("--text-encoder", default="tiny", metavar="tiny|FOLDER",
+                       help="tiny: a small one, trained together with the GPT; or a folder with FLAN-T5's "
+                            "config.json, weights and spiece.model, used as it is")
+    group.add_argument("--text-length", type=positive(int),
+                       help="L, tokens of a caption; if left out, for tiny the longest caption's (at most "
+                            "32), for FLAN-T5 120")
+    group.add_argument("--live-features", action="store_true",
+                       help="run FLAN-T5 in every step instead of once, into a file beside the codes")
     group = parser.add_argument_group("model")
+    group.add_argument("--init", help="start from the weights of this GPT, whatever its image size was: the "
+                                      "paper's second stage")
     group.add_argument("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
     group.add_argument("--image-size", type=positive(int),
                        help="side of the pictures; the tokenizer's own if left out")
-    group.add_argument("--dropout", type=float, default=0.0,
+    group.add_argument("--dropout", type=share, default=0.0,
                        help="on embeddings, attention output and feed-forward; 0.1 in the paper")
-    group.add_argument("--class-dropout", type=float, default=0.1,
+    group.add_argument("--class-dropout", type=share, default=0.1,
                        help="share of classes replaced by the null class")
-    group.add_argument("--drop-path", type=float, default=0.0,
+    group.add_argument("--drop-path", type=share, default=0.0,
                        help="stochastic depth; with it --dropout 0 is usual")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--batch-size", type=positive(int), default=16,
@@ -122,58 +174,94 @@ def get_args(argv=None):
                        help="batches whose gradients make one step")
     group.add_argument("--lr", type=positive(float), default=3e-3,
                        help="peak learning rate; 1e-4 in the paper")
-    group.add_argument("--lr-final", type=float, default=0.02,
+    group.add_argument("--lr-final", type=share, default=0.02,
                        help="end of the cosine as a share of --lr; 1: constant")
-    group.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up; 0 in the paper")
+    group.add_argument("--warmup", type=natural, default=100, help="steps of linear warm-up; 0 in the paper")
     group.add_argument("--weight-decay", type=float, default=0.05, help="on tensors of 2 and more dimensions")
     group.add_argument("--clip", type=positive(float), default=1.0, help="largest norm of the gradient")
-    group.add_argument("--ema", type=float, default=0.995,
+    group.add_argument("--ema", type=share, default=0.995,
                        help="decay of the averaged weights that are saved; 0: off")
     group.add_argument("--cfg-scale", type=float, default=2.5, help="guidance of the sample grids")
     group.add_argument("--temperature", type=float, default=0.4, help="of the sample grids; 1: as trained")
     return parser.parse_args(argv)
 
 
+def prepare_model(args, own, start, device):
+    """A new GPT of --size, or one with the weights of --init (`start`, its checkpoint) on a grid of its own.
+    own: what the data decide of its configuration."""
+    config, weights = GPTConfig(**GPT_SIZES[args.size]), None
+    if args.init:
+        config, weights = gpt_weights(start, args.init)
+    config = replace(config, **own, token_dropout=args.dropout, resid_dropout=args.dropout,
+                     ffn_dropout=args.dropout, class_dropout=args.class_dropout, drop_path=args.drop_path)
+    gpt = GPT(config)
+    return (fill_weights(gpt, weights, args.init) if weights else gpt).to(device)
+
+
 def main(args):
-    state = resume_state(args)
+    state = resume_state(args, "vq_hash")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     vq = load_tokenizer(args.vq, device)
     vq_hash = weights_hash(vq)
-    (codes, labels, about), (test_codes, test_labels, _) = prepare_codes(args, vq, vq_hash, device)
-    class_names, size = about["class_names"], about["data"]["size"]
-    args.batch_size = min(args.batch_size, len(labels))
-    N = codes.shape[2]
-    config = GPTConfig(**GPT_SIZES[args.size], vocab_size=vq.config.codebook_size, block_size=N,
-                       num_classes=len(class_names), token_dropout=args.dropout, resid_dropout=args.dropout,
-                       ffn_dropout=args.dropout, class_dropout=args.class_dropout, drop_path=args.drop_path)
-    if state and (state["config"], state["vq_hash"]) != (asdict(config), vq_hash):
-        raise InputError(f"{args.out} was trained with other settings or another tokenizer: resume with "
-                         f"that run's flags")
+    start = read_checkpoint(args.init, mmap=True) if args.init else {}
+    for path, checkpoint in ((args.init, start), (args.out, state or {})):
+        if checkpoint.get("vq_hash", vq_hash) != vq_hash:
+            raise InputError(f"{path} and {args.vq} do not belong together: the GPT was trained on the "
+                             "tokens of another tokenizer")
+    folders = prepare_codes(args, vq, vq_hash, device)
+    (codes, labels, about), (test_codes, test_labels, _) = (read_codes(folder) for folder in folders)
+    class_names, size, N = about["class_names"], about["data"]["size"], codes.shape[2]
+    batch_size = min(args.batch_size, len(codes))
+    own = dict(vocab_size=vq.config.codebook_size, block_size=N, model_type="c2i",
+               num_classes=len(class_names))
+    text = None
+    if args.cond == "class":
+        train, test = (Classes(these, class_names) for these in (labels, test_labels))
+    else:
+        saved = (state or start).get("text_encoder")
+        train, test, text = prepare_captions(args, folders, saved, device)
+        own |= dict(model_type="t2i", cls_token_num=train.ids.shape[1], caption_dim=train.width)
+    gpt = prepare_model(args, own, start, device)
+    if state and state["config"] != asdict(gpt.config):
+        raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
 
-    gpt, average = GPT(config).to(device), GPT(config).to(device)
-    average.load_state_dict(gpt.state_dict())
-    average.requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameter_groups(gpt, args.weight_decay), lr=args.lr, betas=(0.9, 0.95),
+    tiny = text is not None and args.text_encoder == "tiny"      # then it learns together with the GPT
+    nets = nn.ModuleDict({"gpt": gpt, "text": text} if tiny else {"gpt": gpt})
+    if state:
+        gpt.load_state_dict(state["model"])
+    average = copy.deepcopy(nets).requires_grad_(False)
+    best = average if args.ema else nets                         # what is saved, and draws
+    optimizer = torch.optim.AdamW(parameter_groups(nets, args.weight_decay), lr=args.lr, betas=(0.9, 0.95),
                                   fused=True)
     step, seconds = 0, 0.0
     if state:
         step, seconds = state["step"], state["seconds"]
-        average.load_state_dict(state["model"])
-        gpt.load_state_dict(state["raw"])
+        nets.load_state_dict(state["raw"])
         optimizer.load_state_dict(state["optimizer"])
-    tokens_per_step = args.batch_size * args.grad_accum * N
-    print(f"GPT {args.size}: {sum(p.numel() for p in gpt.parameters()):,} parameters on {device}; "
-          f"{len(labels):,} pictures of {N} tokens in {len(class_names)} classes; "
-          f"{tokens_per_step:,} tokens per step")
+    tokens_per_step = batch_size * args.grad_accum * N
+    what = (f"{len(class_names)} classes" if args.cond == "class" else
+            f"{len(train.names):,} different captions of at most {train.ids.shape[1]} tokens")
+    print(f"GPT {args.init or args.size}: {sum(p.numel() for p in nets.parameters()):,} parameters on "
+          f"{device}; {len(codes):,} pictures of {N} tokens, {what}; {tokens_per_step:,} tokens per step")
 
     def save(fresh=False):
-        best = average if args.ema else gpt
-        save_checkpoint(args.out, fresh, model=best.state_dict(), raw=gpt.state_dict(), config=asdict(config),
-                        optimizer=optimizer.state_dict(), step=step, seconds=clock.seconds(),
-                        random=random_state(device), class_names=class_names, vq_hash=vq_hash,
-                        args=vars(args))
+        encoder = {"text_encoder": saved_text_encoder(best["text"])} if tiny else {}
+        save_checkpoint(args.out, fresh, model=best["gpt"].state_dict(), raw=nets.state_dict(),
+                        config=asdict(gpt.config), optimizer=optimizer.state_dict(), step=step,
+                        seconds=clock.seconds(), random=random_state(device), class_names=class_names,
+                        vq_hash=vq_hash, args=vars(args), **encoder)
 
+    def judge(count):
+        """Write the sample grid; the loss over `count` held-out pictures."""
+        models = best["gpt"], best["text"] if tiny else text
+        nets.eval()
+        save_samples(*models, vq, test, device, preview, args)
+        nats = validation_loss(*models, test_codes, test, device, count)
+        nets.train()
+        return nats
+
+    average.eval()
     forward = torch.compile(gpt) if args.compile else gpt
     preview, log = Path(args.out).with_suffix(".png"), Log(args)
     recent, logged_at, fresh = torch.zeros((), device=device), step, state is None
@@ -181,22 +269,23 @@ def main(args):
     if state:
         restore_random_state(state["random"], device)
     bar = tqdm(total=args.steps, initial=step, unit=" steps")
-    batches = code_batches(codes, labels, args.batch_size, args.seed, step * args.grad_accum, device)
+    batches = code_batches(codes, train, batch_size, args.seed, step * args.grad_accum, device)
     while clock.running(step):
         lr = learning_rate(args.lr, step, clock.progress(step), args.warmup, args.lr_final)
         for group in optimizer.param_groups:
             group["lr"] = lr
         for _ in range(args.grad_accum):
-            tokens, classes = next(batches)                      # (B, N), (B,)
+            tokens, *given = next(batches)                       # (B, N)
             with mixed_precision(device):
-                _, loss = forward(tokens[:, :-1], classes, targets=tokens)
+                cond, mask = to_condition(text, given)
+                _, loss = forward(tokens[:, :-1], cond, tokens, mask)
             (loss / args.grad_accum).backward()
             recent += loss.detach() / args.grad_accum
-        nn.utils.clip_grad_norm_(gpt.parameters(), args.clip)
+        nn.utils.clip_grad_norm_(nets.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad()
         if args.ema:
-            update_ema(average, gpt, args.ema, step)
+            update_ema(average, nets, args.ema, step)
         step += 1
         if step % args.log_every == 0:                        # the only place where the CPU waits for the GPU
             loss = recent.item() / (step - logged_at)
@@ -207,11 +296,9 @@ def main(args):
             logged_at, seconds = step, clock.seconds()
         bar.update()
         if step % args.eval_every == 0:
-            best = average if args.ema else gpt
-            nats = validation_loss(best, test_codes, test_labels, device)
+            nats = judge(count=1000)
             log.write(step=step, validation_loss=nats)
             bar.write(f"step {step}: validation loss {nats:.4f} nats per token")
-            save_samples(best, vq, class_names, device, preview, args)
             save(fresh)
             fresh = False
     bar.close()
@@ -219,14 +306,12 @@ def main(args):
     save(fresh)
     clock.stop("train_gpt.py")
 
-    best = average if args.ema else gpt
-    nats = validation_loss(best, test_codes, test_labels, device, count=len(test_labels))
+    nats = judge(count=len(test_codes))
     bits = nats / math.log(2) * N / size ** 2            # of the tokens: what the tokenizer lost is not in it
     log.write(step=step, validation_loss=nats, bits_per_pixel=bits)
-    save_samples(best, vq, class_names, device, preview, args)
-    print(f"{step} steps in {minutes:.1f} minutes; over {len(test_labels):,} held-out pictures: "
-          f"{nats:.4f} nats per token, {bits:.4f} bits per pixel (ln {config.vocab_size} = "
-          f"{math.log(config.vocab_size):.2f})")
+    print(f"{step} steps in {minutes:.1f} minutes; over {len(test_codes):,} held-out pictures: "
+          f"{nats:.4f} nats per token, {bits:.4f} bits per pixel (ln {gpt.config.vocab_size} = "
+          f"{math.log(gpt.config.vocab_size):.2f})")
     print(f"wrote {args.out} and {preview}")
 
 

@@ -6,10 +6,11 @@ Paper:  LlamaGen (arXiv 2406.06525) section 2.1; LPIPS (Zhang 2018); PatchGAN (I
 Run:    python train_vq.py                                         # shapes, 2 minutes on a laptop
         python train_vq.py --data fashion_mnist --minutes 8
 """
-import argparse
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -23,7 +24,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from data import find_file, image_grid, load_data, pick_device, positive, run, to_float, to_uint8
+from data import (find_file, flag_parser, image_grid, load_data, natural, pick_device, positive, run, share,
+                  spread, to_float, to_uint8)
 from tokenizer import (VQ_SIZES, InputError, VQConfig, VQModel, codebook_statistics, fill_weights,
                        load_tokenizer, read_checkpoint)
 
@@ -97,8 +99,9 @@ def load_lpips(args):
 class PatchDiscriminator(nn.Module):
     """Judges overlapping patches, not the whole picture: (B, 3, H, W) -> one logit per patch (B, 1, h, w)."""
 
-    def __init__(self, width=64, n_layers=3):
+    def __init__(self, size=256, width=64):
         super().__init__()
+        n_layers = max(0, min(3, int(math.log2(size)) - 2))      # 3, or fewer for pictures below 32 pixels
         layers, c_in = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)], width
         for i in range(1, n_layers + 1):
             c_out, stride = width * min(2 ** i, 8), 2 if i < n_layers else 1
@@ -149,7 +152,7 @@ def add_training_flags(parser, out, minutes):
                        help="shapes, fashion_mnist, mnist, cifar10, or a folder of pictures")
     group.add_argument("--data-dir", help="where to look for the data set's files first")
     group.add_argument("--limit", type=positive(int),
-                       help="use only the first so many pictures of each split")
+                       help="use only so many pictures of each split")
     group.add_argument("--out", default=out, help="the checkpoint; its log and preview are written beside it")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     group = parser.add_argument_group("how long and where")
@@ -158,7 +161,7 @@ def add_training_flags(parser, out, minutes):
                         help="train this long, the learning rate fitted to it")
     length.add_argument("--steps", type=positive(int), help="train for this many steps instead")
     group.add_argument("--device", help="cuda, mps or cpu; the best one present if left out")
-    group.add_argument("--seed", type=int, default=0,
+    group.add_argument("--seed", type=natural, default=0,
                        help="of the weights, the order of the data and the dropout")
     group.add_argument("--compile", action="store_true",
                        help="torch.compile the training step: slow start, faster steps")
@@ -223,7 +226,7 @@ class Clock:
         if self.interrupted:
             flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
             sys.exit(f"interrupted; all is saved. Go on with: "
-                     f"{' '.join(['python', script, *flags, '--resume'])}")
+                     f"{shlex.join(['python', script, *flags, '--resume'])}")
 
 
 def save_checkpoint(path, fresh=False, **contents):
@@ -234,9 +237,10 @@ def save_checkpoint(path, fresh=False, **contents):
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        if fresh and path.exists():                     # a copy: at no moment is there none of that name
+            shutil.copyfile(path, partial)
+            partial.replace(path.with_suffix(".previous.pt"))
         torch.save(contents, partial)
-        if fresh and path.exists():
-            path.replace(path.with_suffix(".previous.pt"))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -245,33 +249,46 @@ def save_checkpoint(path, fresh=False, **contents):
 def random_state(device):
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
 def restore_random_state(state, device):
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
 
 
-def resume_state(args):
-    """The checkpoint in --out with everything needed to go on, or None for a fresh run."""
+def resume_state(args, *needed):
+    """The checkpoint in --out with everything needed to go on, or None for a fresh run. `needed`: entries
+    that only this script's checkpoints have."""
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         return None
     state = read_checkpoint(args.out)
-    if "optimizer" not in state:
-        raise InputError(f"{args.out} has no optimizer state to go on from: it was not written by this "
-                         f"script")
+    if not {"config", "optimizer", "raw", "random", *needed} <= state.keys():
+        raise InputError(f"{args.out} has no complete state to go on from: it was not written by this script")
+    for name in ("data", "image_size", "limit", "seed", "init", "codes", "ten_crop", "cond", "text_encoder"):
+        flag, now, before = f"--{name.replace('_', '-')}", getattr(args, name, None), state["args"].get(name)
+        if now != before:
+            raise InputError(f"{args.out} was trained with other settings, {flag} {before} instead of {now}: "
+                             f"resume with that run's flags")
     return state
 
 
 class Log:
-    """One JSON object per line in NAME.jsonl beside the checkpoint; a fresh run starts a new file."""
+    """One JSON object per line in NAME.jsonl beside the checkpoint. A fresh run starts a new file and keeps
+    the old one as NAME.previous.jsonl."""
 
     def __init__(self, args):
-        self.file = open(Path(args.out).with_suffix(".jsonl"), "a" if args.resume else "w", buffering=1)
+        path = Path(args.out).with_suffix(".jsonl")
+        if path.exists() and not args.resume:
+            path.replace(path.with_suffix(".previous.jsonl"))
+        self.file = open(path, "a", buffering=1)
 
     def write(self, **values):
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
@@ -282,7 +299,7 @@ class Log:
 # Measuring a tokenizer
 
 @torch.inference_mode()
-def reconstructions(vq, data, device, batch_size=256):
+def reconstructions(vq, data, device, batch_size):
     """One pass over a data set: pictures and reconstructions, both uint8 (B, 3, H, W), and tokens (B, N)."""
     for images, _ in data.passes(batch_size):
         images = images[:, 0].to(device)                         # the first crop is the centre
@@ -296,11 +313,11 @@ def peak_signal_to_noise(a, b):
     return 10 * (255 ** 2 / mse).log10()
 
 
-def evaluate(vq, data, device):
+def evaluate(vq, data, device, batch_size):
     """PSNR (dB, mean over pictures), share of the codebook in use and its perplexity."""
     counts = torch.zeros(vq.config.codebook_size, device=device)
     psnr = []
-    for images, recon, tokens in reconstructions(vq, data, device):
+    for images, recon, tokens in reconstructions(vq, data, device, batch_size):
         psnr.append(peak_signal_to_noise(images, recon))
         counts += torch.bincount(tokens.flatten(), minlength=len(counts))
     return torch.cat(psnr).mean().item(), *codebook_statistics(counts)
@@ -308,8 +325,9 @@ def evaluate(vq, data, device):
 
 @torch.inference_mode()
 def save_preview(vq, data, device, path, count=16):
-    """A PNG with originals in the upper row and their reconstructions below."""
-    images = to_float(next(iter(data.passes(count)))[0][:, 0].to(device))
+    """A PNG with `count` originals, evenly spread over the data set, above their reconstructions."""
+    images, _ = next(iter(data.take([spread(range(len(data)), count)])))
+    images = to_float(images[:, 0].to(device))
     both = torch.cat([images, vq.detokenize(vq.tokenize(images))])
     image_grid(to_uint8(both).cpu().numpy(), columns=len(images),
                row_names=("original", "reconstructed")).save(path)
@@ -334,8 +352,7 @@ def restart_dead_codes(vq, counts, images):
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser(__doc__)
     add_training_flags(parser, out="out/vq.pt", minutes=1.75)
     group = parser.add_argument_group("model")
     group.add_argument("--size", default="VQ-tiny", choices=VQ_SIZES,
@@ -348,13 +365,13 @@ def get_args(argv=None):
                        help="pictures per step; 128 in the paper")
     group.add_argument("--lr", type=positive(float), default=2e-3,
                        help="peak learning rate; 1e-4 in the paper")
-    group.add_argument("--lr-final", type=float, default=0.02,
+    group.add_argument("--lr-final", type=share, default=0.02,
                        help="end of the cosine as a share of --lr; 1: constant")
-    group.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up; 0 in the paper")
+    group.add_argument("--warmup", type=natural, default=50, help="steps of linear warm-up; 0 in the paper")
     group.add_argument("--clip", type=positive(float), default=1.0, help="largest norm of the gradient")
-    group.add_argument("--ema", type=float, default=0.995,
+    group.add_argument("--ema", type=share, default=0.995,
                        help="decay of the averaged weights that are saved; 0: off")
-    group.add_argument("--restart-every", type=int, default=50,
+    group.add_argument("--restart-every", type=natural, default=50,
                        help="steps between restarts of unused codebook entries, in the first 80%% of the "
                             "run; 0: never")
     group = parser.add_argument_group("losses")
@@ -366,31 +383,35 @@ def get_args(argv=None):
     group.add_argument("--vgg", help="vgg16-397923af.pth, if it is not in the cache")
     group.add_argument("--lpips", help="LPIPS v0.1's vgg.pth, if it is not in the cache")
     group.add_argument("--disc-weight", type=float, default=0.5, help="of the adversarial loss")
-    group.add_argument("--disc-start", type=int, default=20000, help="step at which the discriminator joins")
+    group.add_argument("--disc-start", type=natural, default=20000,
+                       help="step at which the discriminator joins")
     group.add_argument("--disc-loss", default="hinge", choices=("hinge", "vanilla", "non-saturating"),
                        help="its game")
     group.add_argument("--disc-adaptive", action="store_true",
                        help="scale --disc-weight by the ratio of gradients")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.compile and args.disc_adaptive:
+        parser.error("--disc-adaptive takes a second gradient, which --compile does not allow: drop one")
+    return args
 
 
 def main(args):
-    state = resume_state(args)
+    state = resume_state(args, "disc")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     start = load_tokenizer(args.init) if args.init else None
-    config = start.config if start else VQConfig(**VQ_SIZES[args.size])
+    config, name = start.config if start else VQConfig(**VQ_SIZES[args.size]), args.init or args.size
     config = replace(config, codebook_size=args.codebook_size or config.codebook_size,
                      commitment_weight=args.commitment_weight, entropy_weight=args.entropy_weight)
     if config.codebook_size > 65536:
         raise InputError(f"--codebook-size {config.codebook_size}: tokens are stored in 16 bits, so 65,536 "
                          f"is the most")
     if args.image_size % config.downsample:
-        raise InputError(f"--image-size {args.image_size}: {args.size} makes one token of "
+        raise InputError(f"--image-size {args.image_size}: {name} makes one token of "
                          f"{config.downsample} x {config.downsample} pixels, so the size has to be a "
                          f"multiple of {config.downsample}")
     if state and state["config"] != asdict(config):
-        raise InputError(f"{args.out} was trained with other settings: resume with the flags of that run")
+        raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
 
     train = load_data(args.data, "train", args.image_size, args.limit, args.data_dir)
     test = load_data(args.data, "test", args.image_size, args.limit, args.data_dir)
@@ -403,7 +424,7 @@ def main(args):
     optimizer = torch.optim.Adam(vq.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
     lpips = load_lpips(args)
     lpips = lpips.to(device) if lpips else None
-    disc = PatchDiscriminator().to(device)
+    disc = PatchDiscriminator(args.image_size).to(device)
     disc_optimizer = torch.optim.Adam(disc.parameters(), lr=args.lr, betas=(0.9, 0.95), fused=True)
     step, seconds = 0, 0.0
     if state:
@@ -414,7 +435,7 @@ def main(args):
         disc.load_state_dict(state["disc"])
         disc_optimizer.load_state_dict(state["disc_optimizer"])
     N = (args.image_size // config.downsample) ** 2
-    print(f"{args.size}: {sum(p.numel() for p in vq.parameters()):,} parameters on {device}; "
+    print(f"{name}: {sum(p.numel() for p in vq.parameters()):,} parameters on {device}; "
           f"{len(train):,} pictures of {args.image_size}x{args.image_size} pixels -> {N} tokens out of "
           f"{config.codebook_size:,}")
 
@@ -446,7 +467,7 @@ def main(args):
         # 1. The tokenizer
         with mixed_precision(device):
             recon, tokens, losses = forward(images)
-            losses["l2"] = mse = F.mse_loss(recon.float(), images)
+            losses["l2"] = F.mse_loss(recon.float(), images)
             if lpips:
                 losses["lpips"] = args.lpips_weight * lpips(recon, images).mean()
             if adversarial:
@@ -480,20 +501,20 @@ def main(args):
         for counts in (used, since_restart):
             counts.index_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))
         step += 1
-        for name, value in {**losses, "mse": mse}.items():
-            recent[name] = recent.get(name, 0) + value.detach()
+        for key, value in losses.items():
+            recent[key] = recent.get(key, 0) + value.detach()
         if args.restart_every and step % args.restart_every == 0 and progress < 0.8:
             restart_dead_codes(vq, since_restart, images)
             since_restart.zero_()
         if step % args.log_every == 0:
-            means = {name: (value / (step - logged_at)).item() for name, value in recent.items()}
-            psnr = 10 * math.log10(4 / means.pop("mse"))         # the range [-1, 1] is 2 wide: peak^2 = 4
+            means = {key: (value / (step - logged_at)).item() for key, value in recent.items()}
+            psnr = 10 * math.log10(4 / means["l2"])              # the range [-1, 1] is 2 wide: peak^2 = 4
             usage = (used > 0).float().mean().item()
             rate = args.batch_size * (step - logged_at) / (clock.seconds() - seconds)
             log.write(step=step, seconds=clock.seconds(), psnr=psnr, usage=usage, **means,
                       lr=optimizer.param_groups[0]["lr"], images_per_second=rate)
             bar.set_postfix_str(f"PSNR {psnr:.1f} dB, codes {usage:.0%}, {rate:.0f} images/s, " + ", ".join(
-                f"{name} {value:.3f}" for name, value in means.items() if value), refresh=False)
+                f"{key} {value:.3f}" for key, value in means.items() if value), refresh=False)
             used.zero_()
             recent, logged_at, seconds = {}, step, clock.seconds()
         bar.update()
@@ -508,7 +529,7 @@ def main(args):
 
     best = (average if args.ema else vq).eval()
     save_preview(best, test, device, preview)
-    psnr, usage, perplexity = evaluate(best, test, device)
+    psnr, usage, perplexity = evaluate(best, test, device, args.batch_size)
     log.write(step=step, test_psnr=psnr, test_usage=usage, test_perplexity=perplexity)
     print(f"{step} steps in {minutes:.1f} minutes; over {len(test):,} test pictures: PSNR {psnr:.2f} dB, "
           f"{usage:.1%} of {config.codebook_size:,} codebook entries used, perplexity {perplexity:.0f}")

@@ -322,7 +322,7 @@ def test_reconstruction_agrees_with_the_training_script_and_leaves_out_what_it_c
     captured = capsys.readouterr()
     assert "rFID is left out" in captured.err
     numbers = lines_of(captured.out)
-    psnr, usage, perplexity = evaluate(vq, data.ArrayData("shapes", "test", 32, 600), "cpu")
+    psnr, usage, perplexity = evaluate(vq, data.ArrayData("shapes", "test", 32, 600), "cpu", 64)
     assert "rFID" not in numbers and numbers["PSNR"] == pytest.approx(psnr, abs=1e-3)
     assert numbers["Codebook usage"] == pytest.approx(usage, abs=1e-4)
     assert 2 ** numbers["Codebook entropy"] == pytest.approx(numbers["Codebook perplexity"], rel=1e-3)

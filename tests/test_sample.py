@@ -201,11 +201,11 @@ def test_a_killed_npz_goes_on_where_it_was_and_equals_one_that_was_not(tmp_path,
     main(get_args([*flags, str(tmp_path / "whole.npz")]))
     drawn, real = [], sample.sample_batch
 
-    def die_in_the_third(gpt, vq, labels, number, *rest):
+    def die_in_the_third(gpt, vq, conditions, labels, number, *rest):
         drawn.append(number)
         if len(drawn) == 3:
             raise RuntimeError("killed")
-        return real(gpt, vq, labels, number, *rest)
+        return real(gpt, vq, conditions, labels, number, *rest)
     monkeypatch.setattr(sample, "sample_batch", die_in_the_third)
     with pytest.raises(RuntimeError, match="killed"):
         main(get_args([*flags, str(tmp_path / "parts.npz")]))

@@ -172,7 +172,7 @@ def test_psnr_usage_and_perplexity_have_their_definitions():
         def passes(self, batch_size):
             yield torch.full((3, 1, 3, 8, 8), 100, dtype=torch.uint8), None
 
-    psnr, usage, perplexity = evaluate(Half(VQConfig(codebook_size=8, ch=32, ch_mult=(1,))), Grey(), "cpu")
+    psnr, usage, perplexity = evaluate(Half(VQConfig(codebook_size=8, ch=32, ch_mult=(1,))), Grey(), "cpu", 3)
     assert psnr == pytest.approx(20 * math.log10(255 / 2), abs=1e-3)
     assert usage == 2 / 8 and perplexity == pytest.approx(2)
 
@@ -193,7 +193,7 @@ def load_gpt_config():
 def test_batches_of_codes_pick_a_random_crop_of_each_picture():
     codes = np.arange(6 * 4 * 3).reshape(6, 4, 3).astype(np.uint16)
     labels = np.arange(6)
-    batches = train_gpt.code_batches(codes, labels, 6, seed=0, device=torch.device("cpu"))
+    batches = train_gpt.code_batches(codes, train_gpt.Classes(labels, ["a"] * 6), 6, seed=0, device=torch.device("cpu"))
     crops = set()
     for _ in range(10):
         tokens, classes = next(batches)
