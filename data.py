@@ -48,8 +48,8 @@ DEBIAN = Path("/usr/share/datasets")
 # shapes: ten kinds x eight colours x six backgrounds x two sizes, anywhere in the picture, lit from any side
 
 def ngon(n, start=-90, radius=1.0, x=0.0, y=0.0):
-    """The n corners of a regular polygon, (n, 2); start in degrees, -90 is straight
-    up (y grows downwards)."""
+    """The n corners of a regular polygon, (n, 2); start in degrees, -90 is straight up (y grows downwards).
+    """
     angle = np.deg2rad(start + np.arange(n) * 360 / n)
     return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=1)
 
@@ -98,7 +98,8 @@ def shape_attributes(split, index, seed=0):
     index) alone.
 
     The split is part of the key of the random generator, so train and test are different streams, and two
-    pictures differ in position, light direction and light strength even where all their words agree. """
+    pictures differ in position, light direction and light strength even where all their words agree.
+    """
     rng = np.random.default_rng((seed, ("train", "test").index(split), index))
     pick = lambda names: list(names)[rng.integers(len(names))]
     item = dict(kind=pick(KINDS), colour=pick(COLOURS), background=pick(BACKGROUNDS), size=pick(SIZES))
@@ -110,8 +111,8 @@ def shape_attributes(split, index, seed=0):
 
 
 def draw_shapes(split="train", start=0, n=100, size=32, seed=0):
-    """Pictures start .. start+n-1 of a split: images uint8 (n, size, size, 3) and
-    their attributes, a list of n dicts."""
+    """Pictures start .. start+n-1 of a split: images uint8 (n, size, size, 3) and their attributes, a list of
+    n dicts."""
     items = [shape_attributes(split, i, seed) for i in range(start, start + n)]
     return render(items, [items], size), items
 
@@ -220,8 +221,8 @@ PUBLIC_FILES = {                                                 # (data set, fi
 
 
 def find_file(group, name, data_dir=None):
-    """Path of one public file: in data_dir, the cache, Debian's data sets (.gz or
-    not), else downloaded to the cache."""
+    """Path of one public file: in data_dir, the cache, Debian's data sets (.gz or not), else downloaded to
+    the cache."""
     dashed = group.replace("_", "-")
     folders = [Path(data_dir) / sub for sub in ("", group, dashed)] if data_dir else []
     folders += [CACHE / group, DEBIAN / dashed]
@@ -233,8 +234,8 @@ def find_file(group, name, data_dir=None):
 
 
 def download(group, name):
-    """Fetch one public file into the cache folder with a progress bar, check it,
-    and only then give it its name."""
+    """Fetch one public file into the cache folder with a progress bar, check it, and only then give it its
+    name."""
     address, md5 = PUBLIC_FILES[group, name]
     target = CACHE / group / name
     partial = target.with_name(f"{name}.{os.getpid()}.partial")
@@ -262,8 +263,8 @@ def download(group, name):
 
 
 def read_idx(path):
-    """An IDX file (MNIST's format): 2 zero bytes, type 8 = uint8, number of axes,
-    one big-endian int32 per axis, data."""
+    """An IDX file (MNIST's format): 2 zero bytes, type 8 = uint8, number of axes, one big-endian int32 per
+    axis, data."""
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
@@ -278,8 +279,8 @@ def read_idx(path):
 
 
 def load_idx(name, split, data_dir):
-    """MNIST or Fashion-MNIST: images uint8 (M, 32, 32, 3) from 28 x 28 grey ones
-    with a black rim, labels int64 (M,)."""
+    """MNIST or Fashion-MNIST: images uint8 (M, 32, 32, 3) from 28 x 28 grey ones with a black rim, labels
+    int64 (M,)."""
     part = {"train": "train", "test": "t10k"}[split]
     images = read_idx(find_file(name, f"{part}-images-idx3-ubyte.gz", data_dir))
     labels = read_idx(find_file(name, f"{part}-labels-idx1-ubyte.gz", data_dir))
@@ -290,8 +291,8 @@ def load_idx(name, split, data_dir):
 
 
 def load_cifar10(split, data_dir):
-    """CIFAR-10's binary version: records of 1 label byte and 3 x 32 x 32 pixel
-    bytes. (The python version is a pickle.)"""
+    """CIFAR-10's binary version: records of 1 label byte and 3 x 32 x 32 pixel bytes. (The python version is
+    a pickle.)"""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     folders = [Path(data_dir) / sub for sub in ("", "cifar-10-batches-bin")] if data_dir else []
     unpacked = next((f for f in folders if all((f / name).is_file() for name in names)), None)
@@ -330,7 +331,8 @@ def load_array(name, split="train", n=None, data_dir=None, size=32):
     None).
 
     name: shapes, fashion_mnist, mnist or cifar10. n: only the first n images. size: side in pixels, for
-    shapes. """
+    shapes.
+    """
     if name not in ARRAY_NAMES:
         raise InputError(f"unknown data set {name!r}: use one of {', '.join(ARRAY_NAMES)}, or the path of a "
                          f"folder")
@@ -393,8 +395,8 @@ def read_image(file):
 
 
 def shrink(image, target):
-    """Make the shorter side `target` pixels: halve with a box filter while
-    possible, then bicubic (as ADM does)."""
+    """Make the shorter side `target` pixels: halve with a box filter while possible, then bicubic (as ADM
+    does)."""
     while min(image.size) >= 2 * target:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = target / min(image.size)
@@ -456,8 +458,8 @@ def in_order(count, batch_size):
 
 
 class ArrayData:
-    """A data set held in memory. Indexing is one tensor operation per batch, on the
-    device that holds the pixels."""
+    """A data set held in memory. Indexing is one tensor operation per batch, on the device that holds the
+    pixels."""
 
     def __init__(self, name, split, size=32, n=None, data_dir=None, captioned=False):
         if captioned and name != "shapes":
@@ -512,8 +514,8 @@ def to_float(images):
 
 
 def to_uint8(images):
-    """float -1 .. 1 (B, 3, H, W) -> uint8 (B, H, W, 3): 127.5 x + 128, clamped and
-    truncated, as the released samplers do."""
+    """float -1 .. 1 (B, 3, H, W) -> uint8 (B, H, W, 3): 127.5 x + 128, clamped and truncated, as the released
+    samplers do."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
@@ -536,7 +538,8 @@ class FolderData(torch.utils.data.Dataset):
     needed.
 
     root/train and root/val (or root/test) are the splits where they exist; else every 20th picture is held
-    out. A file that cannot be read is skipped, and `warn` names all of them in one line. """
+    out. A file that cannot be read is skipped, and `warn` names all of them in one line.
+    """
     captioned = False
 
     def __init__(self, root, split, size=32, n=None, flip=True, ranges=()):
@@ -571,8 +574,8 @@ class FolderData(torch.utils.data.Dataset):
         return len(self.files)
 
     def fingerprint(self):
-        """A hash of every file's path, length and time of change: reading all pixels
-        would take hours for ImageNet."""
+        """A hash of every file's path, length and time of change: reading all pixels would take hours for
+        ImageNet."""
         stats = [repr(file) if isinstance(file, TarMember) else
                  (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file, _ in self.files]
         stats.append(self.labels.tolist())
@@ -586,8 +589,8 @@ class FolderData(torch.utils.data.Dataset):
             return None
 
     def __getitem__(self, key):
-        """(i, seed) -> (i, a random crop (3, H, W)) for training; i -> (i, all crops
-        (K, 3, H, W)). None if unreadable."""
+        """(i, seed) -> (i, a random crop (3, H, W)) for training; i -> (i, all crops (K, 3, H, W)). None if
+        unreadable."""
         if isinstance(key, tuple):
             i, rng = key[0], np.random.default_rng(key)
             pixels = self.read(i, random_crop, rng)
@@ -599,8 +602,8 @@ class FolderData(torch.utils.data.Dataset):
         return i, pixels
 
     def loader(self, batch_sampler):
-        """A DataLoader with worker processes; they leave Ctrl-C to the main process,
-        which saves before it ends."""
+        """A DataLoader with worker processes; they leave Ctrl-C to the main process, which saves before it
+        ends."""
         workers = min(8, os.cpu_count() or 1)
         # A generator of its own: else every loader would take a number from the one that training uses, and
         # a resumed run would draw others than one that went through.
@@ -617,8 +620,8 @@ class FolderData(torch.utils.data.Dataset):
                   f"{', '.join(names[:5])}{more}", file=sys.stderr)
 
     def batches(self, batch_size, seed, start=0, device="cpu"):
-        """Endless training batches (B, 3, H, W) in [-1, 1], cropped at random the same
-        way for the same (seed, step)."""
+        """Endless training batches (B, 3, H, W) in [-1, 1], cropped at random the same way for the same
+        (seed, step)."""
         keys = ([(i, seed + step) for i in index.tolist()] for step, index in
                 enumerate(batch_indices(len(self), batch_size, seed, start), start))
         for samples in self.loader(keys):
@@ -664,7 +667,8 @@ class CaptionedData(FolderData):
     .tar     picture.jpg and picture.txt or .json ("text" or "caption") one after the other, and perhaps .cls,
              a class id: one archive, or a folder of them. They are read where they lie, in any order
     What has no picture or, with captioned, no caption is left out; one warning counts it. Never mirrored
-    unless asked: captions speak of left and right. """
+    unless asked: captions speak of left and right.
+    """
 
     def __init__(self, source, split, size=32, n=None, flip=False, ranges=(), captioned=True):
         self.captioned = captioned
@@ -800,7 +804,8 @@ def load_data(name, split, size=32, n=None, data_dir=None, flip=None, ranges=(),
     """The data set that --data names: one of ARRAY_NAMES, a folder of pictures, a .jsonl or .tar archives.
 
     captioned  only pictures with captions, and with those
-    flip       with mirror images; if left out, only where there are no captions """
+    flip       with mirror images; if left out, only where there are no captions
+    """
     if any(scale < 1 for scale in ranges):
         raise InputError("--ten-crop: a range below 1 leaves no room for the crops")
     if name in ARRAY_NAMES:
@@ -955,7 +960,8 @@ def tokenize_in_passes(vq, images, device):
     """Tokens (M, N) of images uint8 (M, 3, H, W), PASS pictures at a time, the last pass filled with black.
 
     Sums round differently in batches of another size, and one time in a million that tips a token over to its
-    neighbour. Passes of one size make the tokens independent of how the pictures were grouped. """
+    neighbour. Passes of one size make the tokens independent of how the pictures were grouped.
+    """
     tokens = []
     for block in images.split(PASS):
         filled = F.pad(block, (0, 0, 0, 0, 0, 0, 0, PASS - len(block)))

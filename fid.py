@@ -156,7 +156,8 @@ def resize_as_tf1(images, size=299):
     """TensorFlow 1's bilinear resize: float (B, 3, H, W) -> (B, 3, size, size).
 
     Pixel i of the result lies at i * H / size of the source (no half-pixel centres), and nothing is averaged
-    when shrinking. F.interpolate cannot do this; with its convention FID changes visibly. """
+    when shrinking. F.interpolate cannot do this; with its convention FID changes visibly.
+    """
     for axis in (3, 2):                                          # along x, then along y
         length = images.shape[axis]
         source = torch.arange(size, device=images.device) * torch.tensor(length / size, dtype=torch.float32)
@@ -261,7 +262,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     With any root R of S1 (R R^T = S1), S1 S2 has the same eigenvalues as R^T S2 R. That matrix is symmetric,
     so they are real and not negative, and the trace is the sum of their roots. The root of a matrix that is
-    not symmetric, which is slow and fails where a covariance has not full rank, is never taken. """
+    not symmetric, which is slow and fails where a covariance has not full rank, is never taken.
+    """
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x).cpu().double() for x in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != (len(mu1),) * 2:
         raise InputError(f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared")
@@ -296,7 +298,8 @@ def precision_recall(real, fake, k=3, block=1000):
     """Share of `fake` (M, D) near `real` (L, D), and of `real` near `fake`: fidelity and variety.
 
     Near a set: inside the ball around one of its points that reaches to that point's k-th neighbour in it.
-    Distances are made `block` rows at a time, never all at once. """
+    Distances are made `block` rows at a time, never all at once.
+    """
     real, fake = torch.as_tensor(real).float(), torch.as_tensor(fake).float()
     if min(len(real), len(fake)) <= k:
         raise InputError(f"precision and recall need more than {k} images on each side")
@@ -319,7 +322,8 @@ def ssim(a, b):
     """Structural similarity, Wang 2004: (B,) for images (B, 3, H, W) in 0 .. 255, from 11 pixels on a side.
 
     Gaussian window of 11 x 11, sigma 1.5, K1 = 0.01, K2 = 0.03, L = 255, each colour by itself, only where
-    the window fits. (The released evaluation script passes data_range=2, so its values are others.) """
+    the window fits. (The released evaluation script passes data_range=2, so its values are others.)
+    """
     if min(a.shape[-2:]) < 11:
         raise InputError("SSIM needs pictures of at least 11 x 11 pixels")
     line = torch.exp(-(torch.arange(11, dtype=a.dtype, device=a.device) - 5).square() / (2 * 1.5 ** 2))
@@ -344,7 +348,8 @@ def ssim(a, b):
 class Classifier(nn.Module):
     """Four levels of 3x3 convolutions, each halving the picture; the mean over what is left decides.
 
-    Trained on the real training pictures in about a minute. Its last layer but one replaces Inception. """
+    Trained on the real training pictures in about a minute. Its last layer but one replaces Inception.
+    """
 
     def __init__(self, num_classes, widths=(32, 64, 128, 128)):
         super().__init__()

@@ -73,7 +73,8 @@ def rope_table(config, device=None, base=10000.0):
     the column:
         angle(row, pair i) = row * base^(-4 i / d),  i = 0 .. d/4 - 1,  and the same for the column.
     The condition's L rows are zeros, not the identity: their q and k vanish, so that every image token scores
-    every condition token exactly 0. The released weights were trained like this. """
+    every condition token exactly 0. The released weights were trained like this.
+    """
     d = config.dim // config.n_head
     side = math.isqrt(config.block_size)
     frequencies = base ** (-4 * torch.arange(d // 4, dtype=torch.float32, device=device) / d)        # (d/4,)
@@ -108,8 +109,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention; with n_kv_head < n_head, groups of query heads
-    share one key and value head."""
+    """Causal multi-head attention; with n_kv_head < n_head, groups of query heads share one key and value
+    head."""
 
     def __init__(self, config):
         super().__init__()
@@ -135,8 +136,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x). Three matrices instead of two, so F = 2/3 of
-    the usual 4 D, rounded up to 256s."""
+    """SwiGLU: w2(silu(w1 x) * w3 x). Three matrices instead of two, so F = 2/3 of the usual 4 D, rounded up
+    to 256s."""
 
     def __init__(self, config):
         super().__init__()
@@ -151,8 +152,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). No AdaLN: the same
-    block as in a language model."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). No AdaLN: the same block as in a language
+    model."""
 
     def __init__(self, config, drop_path):
         super().__init__()
@@ -163,8 +164,8 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def skip_path(self, x):
-        """Stochastic depth: in training, drop a branch for whole samples, and scale up
-        what stays (Huang 2016)."""
+        """Stochastic depth: in training, drop a branch for whole samples, and scale up what stays (Huang
+        2016)."""
         if self.drop_path == 0 or not self.training:
             return x
         keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
@@ -206,8 +207,8 @@ class CaptionMLP(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Text features (B, L, E) to L condition tokens. The null caption is random and
-    never trained, as released."""
+    """Text features (B, L, E) to L condition tokens. The null caption is random and never trained, as
+    released."""
 
     def __init__(self, config):
         super().__init__()
@@ -260,7 +261,8 @@ class GPT(nn.Module):
         """Who may look at whom, bool: causal, and padded condition tokens are seen by nobody but themselves.
 
         cond_mask (B, L), nonzero = valid, or None. Returns (B, 1, L + N, L + N), or (L + N, L + N) without a
-        mask. """
+        mask.
+        """
         total = self.rope.shape[0]
         causal = torch.ones(total, total, dtype=torch.bool, device=self.rope.device).tril()
         if cond_mask is None:
@@ -278,7 +280,8 @@ class GPT(nn.Module):
         targets    (B, T + 1), or None for no loss
         cond_mask  (B, L), nonzero = valid, padding on the left; None = all valid
         Returns logits (B, T + 1, V), position t predicting token t, and the mean loss in nats per token, or
-        None. """
+        None.
+        """
         L, T = self.config.cls_token_num, tokens.shape[1]
         if T >= self.config.block_size:
             raise InputError(f"{T} tokens given, but an image has {self.config.block_size}: pass at most "
@@ -298,22 +301,22 @@ class GPT(nn.Module):
     # Decoding with a cache: `start` once, then `step` for every further token. sample.py drives them.
 
     def new_cache(self, rows):
-        """Keys and values of every layer for `rows` sequences, zeros: a list of (k, v),
-        each (rows, G, L + N, d)."""
+        """Keys and values of every layer for `rows` sequences, zeros: a list of (k, v), each (rows, G, L + N,
+        d)."""
         shape = (rows, self.layers[0].attention.n_kv_head, self.rope.shape[0],
                  self.layers[0].attention.head_dim)
         new = lambda: torch.zeros(shape, dtype=self.output.weight.dtype, device=self.output.weight.device)
         return [(new(), new()) for _ in self.layers]
 
     def start(self, tokens, cond, mask, cache):
-        """Run the condition and the given tokens (B, T) at once and fill the cache;
-        logits (B, V) of token T."""
+        """Run the condition and the given tokens (B, T) at once and fill the cache; logits (B, V) of token T.
+        """
         x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (B, S, D)
         return self.advance(x, torch.arange(x.shape[1], device=x.device), mask, cache)
 
     def step(self, token, position, mask, cache):
-        """Run one token (B,) at sequence position L + its index, a tensor (1,); logits
-        (B, V) of the next token."""
+        """Run one token (B,) at sequence position L + its index, a tensor (1,); logits (B, V) of the next
+        token."""
         return self.advance(self.tok_embeddings(token)[:, None], position, mask, cache)
 
     def advance(self, x, position, mask, cache):
@@ -327,8 +330,8 @@ class GPT(nn.Module):
 # Checkpoints
 
 def infer_gpt_config(weights, image_size, path):
-    """The configuration of a released GPT from the shapes of its tensors; n_head,
-    which no shape shows, from GPT_SIZES."""
+    """The configuration of a released GPT from the shapes of its tensors; n_head, which no shape shows, from
+    GPT_SIZES."""
     vocab_size, dim = weights["tok_embeddings.weight"].shape
     n_layer = sum(name.endswith(".attention.wqkv.weight") for name in weights)
     n_head = {(s["n_layer"], s["dim"]): s["n_head"] for s in GPT_SIZES.values()}.get((n_layer, dim))
@@ -370,7 +373,8 @@ def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32):
     t2i_XL_stage1_256.pt, ...).
 
     image_size: pixels; for released files, whose grid is image_size // 16 on a side (None: 256). This
-    project's own checkpoints know their grid. """
+    project's own checkpoints know their grid.
+    """
     return gpt_from_checkpoint(read_checkpoint(path, mmap=True), path, image_size, device, dtype)
 
 

@@ -34,7 +34,8 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     is -inf.
 
     logits (B, V). Ties with the k-th largest stay; the token that crosses top_p stays. 0 and 1.0 switch them
-    off. """
+    off.
+    """
     V = logits.shape[-1]
     if 0 < top_k < V:
         values, order = logits.topk(top_k)

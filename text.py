@@ -65,7 +65,8 @@ def relative_buckets(L, config, device=None):
     """Which entry of the position bias a query (row) uses for a key (column): (L, L) int64.
 
     Half of the buckets are for keys after the query. In each half, the first half counts single steps; the
-    others grow with the logarithm of the distance up to max_distance. """
+    others grow with the logarithm of the distance up to max_distance.
+    """
     half = config.relative_attention_num_buckets // 2
     single = half // 2
     place = torch.arange(L, device=device)
@@ -240,7 +241,8 @@ class CharacterMap:
     """SentencePiece's normalisation: replaces byte sequences by others, the longest match first.
 
     The map is a double-array trie. Unit u: label u & 0x800000FF, bit 8 = a value hangs here, offset in the
-    upper bits; the value is the place of the replacement in a list of strings that end in a zero byte. """
+    upper bits; the value is the place of the replacement in a list of strings that end in a zero byte.
+    """
 
     def __init__(self, blob):
         size = int.from_bytes(blob[:4], "little")
@@ -355,7 +357,8 @@ class T5Tokenizer:
         """The pieces of one word with the largest sum of scores (Viterbi), as ids.
 
         No piece of T5 has a blank inside, so words do not influence each other. Sums are in float32 and the
-        first of two equal ways stays, as in SentencePiece. """
+        first of two equal ways stays, as in SentencePiece.
+        """
         best = [(np.float32(0), 0, None)] + [None] * len(word)   # per end: score, start of last piece, its id
         for start in range(len(word)):
             before = best[start][0]
@@ -426,7 +429,8 @@ def clean_caption(text):
     """A web picture's caption without addresses, tags, file names, product codes, odd signs; in lower case.
 
     The released text models saw captions cleaned like this, twice over. There, ftfy and BeautifulSoup repair
-    encodings and strip tags; here, the standard library does what it can. """
+    encodings and strip tags; here, the standard library does what it can.
+    """
     def replace(table):
         nonlocal text
         for pattern, new in table:

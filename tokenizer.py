@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 
 class InputError(ValueError):
-    """The user gave something unusable. The message says what and what to do;
-    commands print it as one line."""
+    """The user gave something unusable. The message says what and what to do; commands print it as one line.
+    """
 
 
 @dataclass
@@ -123,8 +123,8 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """All blocks at one resolution: residual blocks, each followed by attention if
-    asked for, then a resize."""
+    """All blocks at one resolution: residual blocks, each followed by attention if asked for, then a resize.
+    """
 
     def __init__(self, config, c_in, c_out, attention, resize, n_blocks):
         super().__init__()
@@ -248,7 +248,8 @@ class VectorQuantizer(nn.Module):
         """E[H(p(code | z))] - H(E[p(code | z)]): each vector sure of its code, all codes equally popular.
 
         p = softmax of the negative squared distances over the temperature (MaskGIT's tokenizer loss; Chang
-        2022). """
+        2022).
+        """
         if self.config.entropy_weight == 0:
             return z.new_zeros(())
         log_p = F.log_softmax(2 * (z @ codes.T).flatten(0, 1) / temperature, dim=-1)         # (B N, V)
@@ -309,6 +310,7 @@ def read_checkpoint(path, mmap=False):
 
     Reads this project's checkpoints and the released files, whose weights are under "model" (beside an
     `argparse.Namespace`), under "module" (DeepSpeed), under "state_dict", or bare (FSDP).
+
     mmap: leave the tensors on disk until they are used, which saves their size in memory; copy what you keep.
     """
     try:
@@ -351,7 +353,8 @@ def build(model_class, config, weights, path, device, dtype):
     """model_class(config) in eval mode with these weights, on the device in the dtype asked for.
 
     The model is made without memory (on the meta device) and takes over copies of the weights, one tensor at
-    a time: with memory-mapped weights no more than the finished model is ever held. """
+    a time: with memory-mapped weights no more than the finished model is ever held.
+    """
     with torch.device("meta"):
         model = model_class(config)
     copies = {name: w.to(device=device, dtype=dtype, copy=True) for name, w in weights.items()}

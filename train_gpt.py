@@ -29,11 +29,18 @@ from train_vq import (Clock, Log, add_training_flags, learning_rate, mixed_preci
                       restore_random_state, resume_state, save_checkpoint, update_ema)
 
 
-def parameter_groups(gpt, weight_decay):
-    """Decay matrices and embeddings (2 and more dimensions); leave the gains of the norms alone."""
-    parameters = list(gpt.parameters())
-    return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+def parameter_groups(nets, weight_decay, text_lr=1.0):
+    """Decay matrices and embeddings (2 and more dimensions), leave the gains of the norms alone; the share of
+    the learning rate ("share") is text_lr for whatever a caption passes through before the transformer."""
+    groups = []
+    for of_text in (False, True):
+        chosen = [p for name, p in nets.named_parameters()
+                  if (name.startswith("text.") or ".cap_proj." in name) == of_text]
+        share = text_lr if of_text else 1.0
+        groups.append({"params": [p for p in chosen if p.dim() >= 2], "weight_decay": weight_decay,
+                       "share": share})
+        groups.append({"params": [p for p in chosen if p.dim() < 2], "weight_decay": 0.0, "share": share})
+    return [group for group in groups if group["params"]]
 
 
 def prepare_codes(args, vq, vq_hash, device):
@@ -155,6 +162,10 @@ def get_args(argv=None):
                             "32), for FLAN-T5 120")
     group.add_argument("--live-features", action="store_true",
                        help="run FLAN-T5 in every step instead of once, into a file beside the codes")
+    group.add_argument("--text-lr", type=share, default=0.1,
+                       help="learning rate of the caption MLP and of the tiny encoder as a share of --lr; 1 "
+                            "in the paper. At desk-scale rates what all captions have in common would "
+                            "outgrow what tells them apart")
     group = parser.add_argument_group("model")
     group.add_argument("--init", help="start from the weights of this GPT, whatever its image size was: the "
                                       "paper's second stage")
@@ -182,7 +193,7 @@ def get_args(argv=None):
     group.add_argument("--ema", type=share, default=0.995,
                        help="decay of the averaged weights that are saved; 0: off")
     group.add_argument("--cfg-scale", type=float, default=2.5, help="guidance of the sample grids")
-    group.add_argument("--temperature", type=float, default=0.4, help="of the sample grids; 1: as trained")
+    group.add_argument("--temperature", type=float, default=0.3, help="of the sample grids; 1: as trained")
     return parser.parse_args(argv)
 
 
@@ -232,8 +243,8 @@ def main(args):
         gpt.load_state_dict(state["model"])
     average = copy.deepcopy(nets).requires_grad_(False)
     best = average if args.ema else nets                         # what is saved, and draws
-    optimizer = torch.optim.AdamW(parameter_groups(nets, args.weight_decay), lr=args.lr, betas=(0.9, 0.95),
-                                  fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(nets, args.weight_decay, args.text_lr), lr=args.lr,
+                                  betas=(0.9, 0.95), fused=True)
     step, seconds = 0, 0.0
     if state:
         step, seconds = state["step"], state["seconds"]
@@ -273,7 +284,7 @@ def main(args):
     while clock.running(step):
         lr = learning_rate(args.lr, step, clock.progress(step), args.warmup, args.lr_final)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         for _ in range(args.grad_accum):
             tokens, *given = next(batches)                       # (B, N)
             with mixed_precision(device):

@@ -80,8 +80,8 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(args):
-    """LPIPS from --vgg and --lpips, the cache or the network; None, with one line
-    why, if its weights cannot be had."""
+    """LPIPS from --vgg and --lpips, the cache or the network; None, with one line why, if its weights cannot
+    be had."""
     if args.lpips_weight == 0:
         return None
     try:
@@ -136,8 +136,8 @@ def generator_loss(fake, kind="hinge"):
 
 
 def adaptive_weight(reconstruction_loss, adversarial_loss, last_layer):
-    """VQGAN eq. 7: scale the adversary so that its gradient at the last layer is as
-    long as the reconstruction's."""
+    """VQGAN eq. 7: scale the adversary so that its gradient at the last layer is as long as the
+    reconstruction's."""
     length = lambda loss: torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
     return (length(reconstruction_loss) / (length(adversarial_loss) + 1e-4)).clamp(0, 1e4).detach()
 
@@ -192,8 +192,8 @@ def learning_rate(peak, step, progress, warmup, final=0.02):
 
 @torch.no_grad()
 def update_ema(average, model, decay, step):
-    """average <- d average + (1 - d) model, with a smaller d in the first steps,
-    when the average is still young."""
+    """average <- d average + (1 - d) model, with a smaller d in the first steps, when the average is still
+    young."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - d)
 
@@ -343,7 +343,8 @@ def restart_dead_codes(vq, counts, images):
     Without it a short run keeps only the few entries that happened to lie near the first latents (Jukebox
     restarts them at random latents; Dhariwal 2020). The chance of a latent grows with its squared distance to
     the nearest entry, as in k-means++, or most restarts would land on plain background and split it into
-    codes that mean the same. """
+    codes that mean the same.
+    """
     z = F.normalize(vq.encode(images).float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)      # (B N, C)
     distance = 2 - 2 * (z @ vq.quantize.codes().T).amax(dim=1)                       # |z - e|^2 on the sphere
     chosen = torch.multinomial(distance.clamp(min=1e-6), len(counts), replacement=True)

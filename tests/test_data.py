@@ -2,6 +2,7 @@
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tarfile
 import urllib.error
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -397,3 +399,161 @@ def test_check_measures_the_codes_draws_them_and_notices_another_tokenizer(tmp_p
     other = VQModel(VQConfig(**VQ_SIZES["VQ-tiny"])).eval()
     data.check_codes(tmp_path / "codes", other, data.weights_hash(other), "cpu", tmp_path / "b.png")
     assert "another tokenizer" in capsys.readouterr().err
+
+
+# captions
+
+def test_scenes_show_two_shapes_where_their_captions_say():
+    for i in range(200):
+        item = data.scene_attributes("train", i)
+        first, second = item["shapes"]
+        assert (first["kind"], first["colour"]) != (second["kind"], second["colour"])
+        dx, dy = first["x"] - second["x"], first["y"] - second["y"]
+        distance = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[item["relation"]]
+        assert distance > 0.4 and f" {item['relation']} " in item["caption"]
+
+
+def test_held_out_pairs_are_a_tenth_and_never_in_the_pictures_to_train_on():
+    pairs = [dict(kind=kind, colour=colour) for kind in KINDS for colour in data.COLOURS]
+    out = [pair for pair in pairs if data.held_out(pair)]
+    assert len(out) == 8 and len({pair["colour"] for pair in out}) == 8
+    shapes = lambda items: [shape for item in items for shape in item.get("shapes", [item])]
+    images, seen = data.captioned_shapes("train", 2000)
+    assert len(images) == len(seen) == 2000 and 400 < sum("shapes" in item for item in seen) < 900
+    assert not any(data.held_out(shape) for shape in shapes(seen))
+    _, unseen = data.captioned_shapes("test", 300, seen=False)
+    assert all(any(data.held_out(shape) for shape in item.get("shapes", [item])) for item in unseen)
+
+
+def test_captioned_pictures_of_one_shape_are_those_of_draw_shapes():
+    images, items = data.captioned_shapes("test", 50)
+    for image, item in zip(images, items):
+        i = next(i for i in range(data.SHAPES_COUNT["test"]) if shape_attributes("test", i) == item)
+        assert np.array_equal(image, draw_shapes("test", i, 1)[0][0])
+        if i > 300:                                              # a few are enough
+            break
+
+
+def make_pictures(folder, names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(folder / name)
+
+
+def test_jsonl_paths_are_relative_to_it_and_what_lacks_a_part_is_left_out_and_counted(tmp_path, capsys,
+                                                                                     monkeypatch):
+    make_pictures(tmp_path / "set" / "p", [f"{i}.png" for i in range(6)])
+    lines = [{"image": f"p/{i}.png", "text": f"picture {i}"} for i in range(4)]
+    lines += [{"image": "p/4.png", "text": ["short", " ", "a longer one"]},
+              {"image": "p/none.png", "text": "x"}, {"image": "p/5.png", "text": ""}, {"image": "p/5.png"},
+              {"text": "no picture"}, [1], "nonsense",
+              {"image": "p/0.png", "text": "again"}]
+    text = "\n".join(json.dumps(line) if line != "nonsense" else line for line in lines)
+    (tmp_path / "set" / "a.jsonl").write_text(text + "\n\n")
+    monkeypatch.chdir(tmp_path)
+    train, test = (load_data("set/a.jsonl", split, 16, captioned=True) for split in ("train", "test"))
+    assert train.captions == [["picture 1"], ["picture 2"], ["picture 3"], ["short", "a longer one"],
+                              ["again"]]
+    assert test.captions == [["picture 0"]] and train.crops == 1
+    images, _ = next(train.passes(5))
+    assert images[:, 0, 0, 0, 0].tolist() == [10, 20, 30, 40, 0]
+    error = capsys.readouterr().err
+    assert "left out 6 of 12" in error and "4 lack the picture, 2 the caption" in error
+    assert len(load_data("set/a.jsonl", "train", 16)) == 7       # without captions asked for, pictures count
+
+
+def test_a_folder_with_texts_beside_its_pictures(tmp_path):
+    make_pictures(tmp_path, ["a.png", "b.png", "c.png"])
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "c.txt").write_text("three")
+    assert load_data(tmp_path, "train", 16, captioned=True).captions == [["three"]]
+    assert load_data(tmp_path, "test", 16, captioned=True).captions == [["one", "two"]]
+    before = load_data(tmp_path, "train", 16, captioned=True).fingerprint()
+    (tmp_path / "c.txt").write_text("four")
+    assert load_data(tmp_path, "train", 16, captioned=True).fingerprint() != before
+
+
+def make_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def png(value):
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (value, 0, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def test_tar_shards_are_read_where_they_lie(tmp_path, capsys):
+    make_tar(tmp_path / "0.tar", [("a/1.png", png(1)), ("a/1.txt", b"one"),
+                                  ("a/1.json", b'{"caption": "no"}'),
+                                  ("b/1.PNG", png(2)), ("b/1.json", b'{"text": ["two", "zwei"]}'),
+                                  ("2.png", png(3)), ("2.json", b"[1]")])
+    make_tar(tmp_path / "1.tar", [("3.txt", b"three"), ("3.png", png(4)), ("3.cls", b"7"), ("4.txt", b"lost"),
+                                  ("5.png", b"broken"), ("5.txt", b"five")])
+    train = load_data(tmp_path, "train", 16, captioned=True)
+    assert train.captions == [["two", "zwei"], ["three"], ["five"]] and train.labels.tolist() == [0, 7, 0]
+    assert "left out 2 of 6" in capsys.readouterr().err
+    batches = list(train.passes(2))
+    assert torch.cat([images for images, _ in batches])[:, 0, 0, 0, 0].tolist() == [2, 4]
+    assert "1.tar/5.png" in capsys.readouterr().err              # counted and named as a broken one
+    one = load_data(tmp_path / "1.tar", "train", 16)
+    assert len(one) == 1 and len(one.class_names) == 8
+    assert {path.name for path in tmp_path.iterdir()} == {"0.tar", "1.tar"}
+
+
+def test_damaged_and_compressed_tars_are_told_in_one_line(tmp_path, capsys):
+    make_tar(tmp_path / "a.tar", [(f"{i}.{kind}", content) for i in range(4)
+                                  for kind, content in (("png", png(i)), ("txt", b"x"))])
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:512 * 4 + 700])
+    assert len(load_data(tmp_path / "a.tar", "test", 16, captioned=True)) == 1
+    for content in (gzip.compress(whole), b"junk"):
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(InputError, match="not a .tar archive"):
+            load_data(tmp_path / "a.tar", "train", 16, captioned=True)
+
+
+def test_data_without_captions_are_refused_when_captions_are_asked_for(tmp_path):
+    make_folder(tmp_path / "set")
+    with pytest.raises(InputError, match="24 entries 0 lack the picture, 24 the caption"):
+        load_data(tmp_path / "set", "train", captioned=True)
+    with pytest.raises(InputError, match="mnist has no captions"):
+        load_data("mnist", "train", captioned=True)
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(InputError, match="a.jsonl cannot be read"):
+        load_data(tmp_path / "a.jsonl", "train", captioned=True)
+
+
+def test_captions_stay_in_step_with_the_codes_when_pictures_are_broken(tmp_path, vq):
+    make_pictures(tmp_path / "set", [f"{i}.png" for i in range(6)])
+    for i in range(6):
+        (tmp_path / "set" / f"{i}.txt").write_text(f"picture {i}")
+    (tmp_path / "set" / "3.png").write_bytes(b"broken")
+    pictures = load_data(tmp_path / "set", "train", 16, captioned=True)
+    extract_codes(vq, "a", pictures, tmp_path / "a", "cpu")
+    assert data.read_captions(tmp_path / "a") == [["picture 1"], ["picture 2"], ["picture 4"], ["picture 5"]]
+    assert len(read_codes(tmp_path / "a")[0]) == 4
+    extract_codes(vq, "a", ArrayData("shapes", "test", 32, 4), tmp_path / "b", "cpu")
+    with pytest.raises(InputError, match="without captions"):
+        data.read_captions(tmp_path / "b")
+
+
+EMOJI = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+
+
+@pytest.mark.skipif(not EMOJI.exists(), reason="needs Debian's fonts-noto-color-emoji")
+def test_emoji_become_captioned_pictures(tmp_path):
+    assert data.draw_emoji(EMOJI, tmp_path, size=16) > 1000
+    assert (tmp_path / "1f600.txt").read_text() == "grinning face"
+    heart = np.asarray(Image.open(tmp_path / "2764.png"), float)[8, 8]
+    assert heart.argmax() == 0 and heart[0] > heart[1:].max() + 80      # red
+    assert not (tmp_path / "41.png").exists()                    # letters are no emoji
+
+
+def test_a_font_that_is_missing_is_told_with_where_to_get_one(tmp_path):
+    with pytest.raises(InputError, match="fonts-noto-color-emoji"):
+        data.draw_emoji(tmp_path / "none.ttf", tmp_path)

@@ -346,3 +346,54 @@ def test_a_sweep_writes_its_table_and_its_curves(tmp_path, monkeypatch, small_wo
     assert Image.open(tmp_path / "out" / "sweep.png").width == 4 * 300
     with np.load(tmp_path / "out" / "sweep" / "cfg_1.5.npz") as file:
         assert file["arr_0"].shape == (20, 32, 32, 3)
+
+
+# agreement with captions
+
+def test_captions_of_shapes_are_parsed_back_into_what_was_drawn():
+    _, items = data.captioned_shapes("test", 200)
+    for item in items:
+        found = fid.parse_caption(item["caption"])
+        assert found["background"] == item["background"] and found.get("relation") == item.get("relation")
+        assert found.get("size") == item.get("size")
+        for a, b in zip(found.get("shapes", [found]), item.get("shapes", [item]), strict=True):
+            assert (a["kind"], a["colour"]) == (b["kind"], b["colour"])
+    for wrong in ("a red star", "a large red dog on a navy background", "a red star on a lilac background"):
+        with pytest.raises(InputError, match="not a caption of shapes"):
+            fid.parse_caption(wrong)
+
+
+def test_agreement_counts_what_was_read_and_tells_order_from_presence(monkeypatch):
+    captions = ["a large red star on a navy background", "a small blue ring on a white background",
+                "a red star left of a blue ring on a navy background",
+                "a blue ring right of a red star on a navy background",
+                "a red star above a blue ring on a navy background"]
+    read = list(captions)
+    read[1] = "a large blue ring on a black background"          # size and background wrong
+    read[4] = "a blue ring above a green star on a navy background"      # swapped, one colour wrong
+    reader = fid.AttributeReader(32)
+    answers = [reader.answers(fid.parse_caption(caption)) for caption in read]
+    one_hot = [torch.cat([F.one_hot(torch.tensor(max(answer, 0)), len(words)).float()
+                          for answer, words in zip(row, reader.HEADS.values())]) for row in answers]
+    assert reader.answers(fid.parse_caption(captions[2])) == reader.answers(fid.parse_caption(captions[3]))
+    monkeypatch.setattr(reader, "features", lambda images: {"logits": torch.stack(one_hot)})
+    monkeypatch.setattr(fid, "train_reader", lambda device, side: reader)
+    shares = fid.agreement(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), captions, "cpu")
+    assert shares == pytest.approx({"Kind": 1, "Colour": 7 / 8, "Background": 4 / 5, "Size": 1 / 2,
+                                    "Order": 2 / 3})
+
+
+def test_the_reader_learns_from_its_answers():
+    images, items = data.captioned_shapes("train", 48)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    targets = torch.tensor([fid.AttributeReader.answers(item) for item in items])
+    reader = fid.AttributeReader(32).train()
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        loss = reader.loss(reader(data.to_float(images))[1], targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]

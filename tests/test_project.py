@@ -177,7 +177,7 @@ def test_the_shape_check_would_notice_a_wrong_comment(tmp_path):
         sys.path.remove(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["tokenizer.py", "model.py"])
+@pytest.mark.parametrize("name", ["tokenizer.py", "model.py", "text.py"])
 def test_the_demos_run(name, capsys):
     import runpy
     runpy.run_path(str(ROOT / name), run_name="__main__")

@@ -1,14 +1,20 @@
 """pytest -q tests/test_sample.py"""
 import argparse
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import data
+import fid
 import sample
 from data import image_grid, imagenet_names, to_uint8
 from model import GPT, GPT_SIZES, GPTConfig
 from sample import draw, filter_logits, generate, get_args, main, parse_classes
+from test_text import write_t5
+from text import saved_text_encoder, tiny_text_encoder
 from tokenizer import InputError, VQConfig, VQModel, weights_hash
 
 SMALL = dict(dim=64, n_layer=2, n_head=4, vocab_size=64, block_size=16, num_classes=10)
@@ -263,3 +269,93 @@ def test_impossible_flags_end_with_a_message(flags):
     with pytest.raises(SystemExit) as error:
         get_args(flags)
     assert error.value.code == 2
+
+
+# text
+
+@pytest.fixture
+def text_checkpoints(tmp_path, checkpoints):
+    """A text-conditional GPT with its tiny text encoder, as train_gpt.py saves them, and its tokenizer."""
+    text = tiny_text_encoder([f"{sample.EXAMPLES[0]} {sample.EXAMPLES[2]}"])
+    config = GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=64, block_size=9, model_type="t2i",
+                       cls_token_num=text.length, caption_dim=192)
+    gpt = GPT(config)
+    torch.nn.init.normal_(gpt.output.weight)
+    torch.save({"model": gpt.state_dict(), "config": asdict(config), "class_names": ["a"], "args": {},
+                "text_encoder": saved_text_encoder(text)}, tmp_path / "text.pt")
+    return ["--gpt", str(tmp_path / "text.pt"), *checkpoints[2:]]
+
+
+def test_prompts_make_a_row_each_and_stay_with_their_pictures_in_an_npz(tmp_path, text_checkpoints):
+    out = tmp_path / "grid.png"
+    main(get_args([*text_checkpoints, "--out", str(out), "--per-class", "3", "--prompts", "a star", "navy"]))
+    with Image.open(out) as sheet:
+        assert sheet.height == 2 * (6 * 4 + 2) + 2
+    (tmp_path / "prompts.txt").write_text("a red star\n\n  \nan orange ring\nwhite\n")
+    main(get_args([*text_checkpoints, "--prompts-file", str(tmp_path / "prompts.txt"), "--num-samples", "7",
+                   "--npz", str(tmp_path / "out.npz")]))
+    with np.load(tmp_path / "out.npz") as file:
+        assert file["arr_0"].shape == (7, 6, 6, 3) and "label" not in file
+        assert file["prompt"].tolist() == (["a red star", "an orange ring", "white"] * 3)[:7]
+    main(get_args([*text_checkpoints, "--out", str(out)]))       # without prompts: a few examples
+
+
+def test_prompts_and_models_that_do_not_fit_are_told_in_one_line(tmp_path, text_checkpoints, checkpoints):
+    for flags, message in [
+        ([*checkpoints, "--prompts", "a"], "draws classes, not prompts"),
+        ([*text_checkpoints, "--classes", "1"], "draws from text"),
+        ([*text_checkpoints, "--prompts", "", " "], "no prompt"),
+        ([*text_checkpoints, "--prompts-file", str(tmp_path / "none.txt")], "none.txt cannot be read"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            main(get_args(flags))
+    checkpoint = torch.load(tmp_path / "text.pt", weights_only=True)
+    torch.save({"model": checkpoint["model"]}, tmp_path / "released.pt")
+    with pytest.raises(InputError, match="fits no known size"):
+        main(get_args(["--gpt", str(tmp_path / "released.pt"), *checkpoints[2:]]))
+
+
+def test_a_released_text_model_asks_for_its_encoder_and_refuses_one_of_another_width(tmp_path, checkpoints):
+    config = GPTConfig(**GPT_SIZES["tiny"], vocab_size=64, block_size=9, model_type="t2i", cls_token_num=8,
+                       caption_dim=24)
+    gpt = GPT(config)
+    torch.save({"model": gpt.state_dict()}, tmp_path / "t2i.pt")
+    flags = ["--gpt", str(tmp_path / "t2i.pt"), *checkpoints[2:], "--image-size", "48", "--prompts", "a star",
+             "--out", str(tmp_path / "x.png")]
+    with pytest.raises(InputError, match="flan-t5-xl"):
+        main(get_args(flags))
+    (tmp_path / "t5").mkdir()
+    write_t5(tmp_path / "t5")
+    args = get_args([*flags, "--text-encoder", str(tmp_path / "t5")])
+    main(args)
+    assert args.cfg_scale == 7.5 and (tmp_path / "x.png").exists()
+    wide = GPT(replace(config, caption_dim=32))
+    torch.save({"model": wide.state_dict()}, tmp_path / "t2i.pt")
+    with pytest.raises(InputError, match="features of width 32, the encoder gives 24"):
+        main(get_args([*flags, "--text-encoder", str(tmp_path / "t5")]))
+
+
+def test_alignment_asks_about_seen_and_held_out_combinations(text_checkpoints, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(sample.fid, "agreement", lambda images, captions, device:
+                        asked.append((images.shape, captions)) or {"Kind": 0.5})
+    main(get_args([*text_checkpoints, "--alignment", "6"]))
+    assert [shape for shape, _ in asked] == [(6, 3, 6, 6)] * 2
+    held_out = [any(data.held_out(shape) for item in map(fid.parse_caption, captions)
+                    for shape in item.get("shapes", [item])) for _, captions in asked]
+    assert held_out == [False, True]
+    assert "held-out combinations: Kind 50.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given, interval", [(0, 3), (3, 3), (4, 3), (5, 3), (9, 3), (5, 4)])
+def test_a_prefix_counts_for_the_guidance_interval(gpt, given, interval):
+    cond, whole = torch.tensor([1, 2]), torch.randint(64, (2, 16))
+    tokens = generate(gpt, cond, cfg_scale=3, cfg_interval=interval, top_k=1, prefix=whole[:, :given])
+    expected = whole[:, :given]
+    for i in range(given, 16):
+        conditional = gpt(expected, cond)[0][:, -1]
+        unconditional = gpt(expected, torch.full_like(cond, 10))[0][:, -1]
+        guided = unconditional + 3 * (conditional - unconditional)
+        logits = guided if i <= interval + 1 else conditional
+        expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(tokens, expected)

@@ -11,14 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import train_gpt
 import train_vq
 from conftest import ROOT
 from model import load_gpt
+from test_text import write_t5
+from text import tiny_text_encoder, tiny_text_encoder_from
 from tokenizer import InputError, VQConfig, VQModel, load_tokenizer
 from train_vq import (LPIPS, PatchDiscriminator, adaptive_weight, discriminator_loss, evaluate,
-                      generator_loss,
-                      learning_rate, load_lpips, restart_dead_codes, update_ema)
+                      generator_loss, learning_rate, load_lpips, restart_dead_codes, update_ema)
 
 QUICK = ["--limit", "64", "--device", "cpu", "--batch-size", "8", "--log-every", "1", "--eval-every", "2"]
 
@@ -193,7 +195,8 @@ def load_gpt_config():
 def test_batches_of_codes_pick_a_random_crop_of_each_picture():
     codes = np.arange(6 * 4 * 3).reshape(6, 4, 3).astype(np.uint16)
     labels = np.arange(6)
-    batches = train_gpt.code_batches(codes, train_gpt.Classes(labels, ["a"] * 6), 6, seed=0, device=torch.device("cpu"))
+    classes = train_gpt.Classes(labels, ["a"] * 6)
+    batches = train_gpt.code_batches(codes, classes, 6, seed=0, device=torch.device("cpu"))
     crops = set()
     for _ in range(10):
         tokens, classes = next(batches)
@@ -285,6 +288,137 @@ def test_a_gpt_with_every_option_runs(trained, tmp_path):
     assert state["config"]["drop_path"] == 0.1
 
 
+# text
+
+@pytest.fixture(scope="module")
+def texts(trained):
+    """The tokenizer of `trained` and a text-conditional GPT after 4 steps."""
+    run_gpt(trained, "--cond", "text", "--steps", "4", "--out", str(trained / "text.pt"))
+    return trained
+
+
+def test_captions_and_their_encoder_are_trained_and_saved_in_the_checkpoint(texts):
+    state = torch.load(texts / "text.pt", weights_only=True)
+    assert state["config"]["model_type"] == "t2i" and state["text_encoder"]["length"] == 13
+    text = tiny_text_encoder_from(state["text_encoder"], "text.pt")
+    torch.manual_seed(0)
+    assert state["config"]["cls_token_num"] == 13 and {"red", "above", "navy"} <= set(text.tokenizer.words)
+    start = tiny_text_encoder([" ".join(text.tokenizer.words)]).t5.state_dict()
+    moved = [name for name, w in text.t5.state_dict().items() if not torch.equal(w, start[name])]
+    assert len(moved) == len(start)
+    assert (texts / "text.png").exists()
+
+
+@pytest.mark.parametrize("flags", [["--cond", "text"], ["--cond", "text", "--ema", "0"]])
+def test_a_resumed_text_run_equals_one_that_was_not_interrupted(texts, tmp_path, flags):
+    flags = [*flags, "--vq", str(texts / "vq.pt"), "--steps"]
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = run_gpt(tmp_path / "a", *flags, "4")
+
+    class Interrupted(train_vq.Clock):
+        def running(self, step):
+            return step < 2 and super().running(step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "Clock", Interrupted)
+        run_gpt(tmp_path / "b", *flags, "4")
+    resumed = run_gpt(tmp_path / "b", *flags, "4", "--resume")
+    assert resumed["step"] == whole["step"] == 4
+    for a, b in ((whole["raw"], resumed["raw"]), (whole["model"], resumed["model"]),
+                 (whole["text_encoder"]["model"], resumed["text_encoder"]["model"])):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_cached_features_of_a_frozen_encoder_train_like_live_ones(texts, tmp_path):
+    (tmp_path / "t5").mkdir()
+    write_t5(tmp_path / "t5")
+    losses = []
+    for mode in ([], ["--live-features"]):
+        folder = tmp_path / f"run{len(losses)}"
+        folder.mkdir()
+        state = run_gpt(folder, "--cond", "text", "--vq", str(texts / "vq.pt"), "--steps", "3",
+                        "--text-length", "10", "--text-encoder", str(tmp_path / "t5"), *mode)
+        assert state["config"]["caption_dim"] == 24 and state["config"]["cls_token_num"] == 10
+        assert "text_encoder" not in state
+        losses.append([json.loads(line)["loss"] for line in (folder / "gpt.jsonl").open()
+                       if "loss" in json.loads(line)])
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=1e-2)
+
+
+def test_the_second_stage_starts_from_the_first_at_another_image_size(texts, tmp_path):
+    first = torch.load(texts / "text.pt", weights_only=True)
+    flags = ["--cond", "text", "--vq", str(texts / "vq.pt"), "--init", str(texts / "text.pt")]
+    state = run_gpt(tmp_path, *flags, "--image-size", "48", "--steps", "1", "--lr", "1e-12", "--ema", "0")
+    assert first["config"]["block_size"] == 64 and state["config"]["block_size"] == 144
+    for name, weight in first["model"].items():
+        assert torch.allclose(state["model"][name], weight, atol=1e-6), name
+    assert state["text_encoder"]["words"] == first["text_encoder"]["words"]
+    with pytest.raises(InputError, match="does not fit"):
+        run_gpt(tmp_path, "--vq", str(texts / "vq.pt"), "--init", str(texts / "text.pt"), "--steps", "1")
+
+
+def test_captioned_files_train_end_to_end(trained, tmp_path):
+    for i in range(8):
+        Image.new("RGB", (32, 32), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"number {i}\nthe picture that has the number {i}")
+    state = run_gpt(tmp_path, "--vq", str(trained / "vq.pt"), "--data", str(tmp_path), "--cond", "text",
+                    "--steps", "2")
+    assert "picture" in state["text_encoder"]["words"]
+
+
+def test_codes_that_were_extracted_before_are_used_and_have_to_fit(trained, tmp_path):
+    extract = ["extract", "--data", "shapes", "--limit", "20", "--vq", str(trained / "vq.pt"), "--captions"]
+    data.main(data.get_args([*extract, "--out", str(tmp_path / "codes")]))
+    for cond in ("class", "text"):
+        run_gpt(tmp_path, "--vq", str(trained / "vq.pt"), "--codes", str(tmp_path / "codes"), "--steps", "1",
+                "--cond", cond)
+    assert not (tmp_path / "gpt" / "codes").exists()
+    run_vq(tmp_path, "--steps", "1", "--seed", "9")
+    with pytest.raises(InputError, match="do not belong together"):
+        run_gpt(tmp_path, "--codes", str(tmp_path / "codes"), "--steps", "1")
+
+
+def test_a_tokenizer_and_a_gpt_train_from_the_weights_of_others(trained, tmp_path):
+    first = torch.load(trained / "vq.pt", weights_only=True)
+    state = run_vq(tmp_path, "--init", str(trained / "vq.pt"), "--steps", "1", "--lr", "1e-12", "--ema", "0",
+                   "--restart-every", "0")
+    assert all(torch.allclose(state["model"][name], w, atol=1e-6) for name, w in first["model"].items())
+    first = torch.load(trained / "gpt.pt", weights_only=True)
+    state = run_gpt(tmp_path, "--init", str(trained / "gpt.pt"), "--vq", str(trained / "vq.pt"),
+                    "--steps", "1", "--lr", "1e-12", "--ema", "0")
+    assert all(torch.allclose(state["model"][name], w, atol=1e-6) for name, w in first["model"].items())
+
+
+def test_a_resumed_run_on_a_folder_equals_one_that_was_not_interrupted(tmp_path):
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(256, size=(40, 40, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    flags = ["--data", str(tmp_path), "--batch-size", "4", "--restart-every", "1", "--steps"]
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = run_vq(tmp_path / "a", *flags, "4")
+
+    class Interrupted(train_vq.Clock):
+        def running(self, step):
+            return step < 2 and super().running(step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_vq, "Clock", Interrupted)
+        run_vq(tmp_path / "b", *flags, "4")
+    resumed = run_vq(tmp_path / "b", *flags, "4", "--resume")
+    assert all(torch.equal(w, resumed["raw"][name]) for name, w in whole["raw"].items())
+
+
+def test_small_pictures_can_have_an_adversary_too(tmp_path):
+    run_vq(tmp_path, "--steps", "1", "--image-size", "16", "--disc-start", "0")
+    for size in (8, 12, 16, 20, 24, 28, 32, 256):
+        assert PatchDiscriminator(size).eval()(torch.zeros(1, 3, size, size)).numel() >= 1
+
+
+@pytest.mark.cuda
+def test_both_scripts_train_and_resume_on_cuda(tmp_path):
+    for run, flags in ((run_vq, ["--disc-start", "0"]), (run_gpt, []), (run_gpt, ["--cond", "text"])):
+        run(tmp_path, "--device", "cuda", "--steps", "2", *flags)
+        assert run(tmp_path, "--device", "cuda", "--steps", "4", "--resume", *flags)["step"] == 4
+
+
 # wrong input: one line, exit status not 0, nothing damaged
 
 def command(*words, cwd):
@@ -303,13 +437,21 @@ def test_wrong_input_is_one_clear_line_and_not_a_traceback(trained, tmp_path):
         ("train_vq.py", ["--image-size", "30"], "multiple of 4"),
         ("train_vq.py", ["--resume", "--out", tmp_path / "none.pt"], "does not exist"),
         ("train_vq.py", ["--device", "warp"], "--device warp"),
+        ("train_vq.py", ["--steps", "1", "--out", "/proc/none/vq.pt"], "/proc/none"),
+        ("train_gpt.py", ["--seed", "-1"], "below zero"),
+        ("train_gpt.py", ["--dropout", "1.5"], "between 0 and 1"),
+        ("train_gpt.py", ["--vq", trained / "vq.pt", "--drop-path", "1"], "drop_path"),
+        ("train_gpt.py", ["--resume", "--out", trained / "vq.pt"], "not written by this script"),
+        ("train_gpt.py", ["--vq", trained / "vq.pt", "--data", "mnist", "--cond", "text"], "no captions"),
         ("train_gpt.py", ["--vq", tmp_path / "junk.pt"], "junk.pt"),
         ("train_gpt.py", ["--vq", trained / "gpt.pt"], "not a tokenizer"),
         ("sample.py", ["--gpt", trained / "gpt.pt", "--vq", trained / "vq.pt", "--classes", "10"], "0 to 9"),
         ("sample.py", ["--gpt", trained / "vq.pt", "--vq", trained / "vq.pt"], "not a GPT"),
     ]:
         result = command(ROOT / script, *flags, cwd=tmp_path)
-        last = result.stderr.strip().splitlines()[-1]
+        lines = result.stderr.strip().splitlines()
+        last = lines[-1]
+        assert len(lines) == 1 + (" [flags]" in lines[0]), (script, flags, lines)      # argparse says two
         assert result.returncode != 0 and "Traceback" not in result.stderr, (script, flags, result.stderr)
         assert expected in last and "error" in last, (script, flags, last)
 
