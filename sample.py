@@ -10,6 +10,7 @@ import csv
 import hashlib
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -384,6 +385,10 @@ def main(args):
         return alignment(gpt, vq, text, side, args, device)
     if text:
         names = read_prompts(args) if args.prompts or args.prompts_file else EXAMPLES
+        text.tokenize(names)
+        if text.cut:
+            print(f"warning: {text.cut} prompts are longer than {text.length} tokens and lose their ends",
+                  file=sys.stderr)
     conditions = Conditions(names, text, device)
     classes = parse_classes(args.classes, names) if args.classes else list(range(len(names)))
     if not (args.npz or args.sweep):

@@ -296,6 +296,7 @@ class T5Tokenizer:
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise InputError(f"{path} is neither a spiece.model nor a tokenizer.json of T5 "
                              f"({error!r})") from None
+        self.size = len(pieces)
         self.scores = {piece: (np.float32(score), i) for i, (piece, score) in enumerate(pieces)
                        if score is not None}
         if len(self.scores) < 2:
@@ -512,7 +513,11 @@ def pretrained_text_encoder(folder, length=120, device="cpu"):
     path = next((Path(folder) / name for name in names if (Path(folder) / name).exists()), None)
     if path is None:
         raise InputError(f"{folder} holds no tokenizer: put its spiece.model or tokenizer.json there")
-    return TextEncoder(T5Tokenizer(path), t5, length, clean_caption)
+    tokenizer = T5Tokenizer(path)
+    if tokenizer.size > t5.config.vocab_size:
+        raise InputError(f"{path} does not belong to this encoder: it has {tokenizer.size:,} pieces, the "
+                         f"encoder knows {t5.config.vocab_size:,}")
+    return TextEncoder(tokenizer, t5, length, clean_caption)
 
 
 def saved_text_encoder(text):
@@ -596,6 +601,7 @@ if __name__ == "__main__":
     ids = text.tokenize(captions)
     features, mask = text(ids)
     print(f"T5Encoder  {sum(p.numel() for p in text.parameters()):,} parameters")
+    print(f"captions   {captions}")
     print(f"ids        {tuple(ids.shape)}: {ids[0].tolist()}, padding on the left")
     print(f"features   {tuple(features.shape)}, zeros where the mask {tuple(mask.shape)} is")
     print(f"cleaned    {clean_caption('A RED circle, see https://example.com/circle.png &amp; <b>more</b>')}")

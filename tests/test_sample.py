@@ -286,7 +286,8 @@ def text_checkpoints(tmp_path, checkpoints):
     return ["--gpt", str(tmp_path / "text.pt"), *checkpoints[2:]]
 
 
-def test_prompts_make_a_row_each_and_stay_with_their_pictures_in_an_npz(tmp_path, text_checkpoints):
+def test_prompts_make_a_row_each_and_stay_with_their_pictures_in_an_npz(tmp_path, text_checkpoints,
+                                                                         capsys):
     out = tmp_path / "grid.png"
     main(get_args([*text_checkpoints, "--out", str(out), "--per-class", "3", "--prompts", "a star", "navy"]))
     with Image.open(out) as sheet:
@@ -298,6 +299,9 @@ def test_prompts_make_a_row_each_and_stay_with_their_pictures_in_an_npz(tmp_path
         assert file["arr_0"].shape == (7, 6, 6, 3) and "label" not in file
         assert file["prompt"].tolist() == (["a red star", "an orange ring", "white"] * 3)[:7]
     main(get_args([*text_checkpoints, "--out", str(out)]))       # without prompts: a few examples
+    assert "warning" not in capsys.readouterr().err
+    main(get_args([*text_checkpoints, "--out", str(out), "--prompts", "word " * 10_000]))
+    assert "1 prompts are longer than 21 tokens" in capsys.readouterr().err
 
 
 def test_prompts_and_models_that_do_not_fit_are_told_in_one_line(tmp_path, text_checkpoints, checkpoints):

@@ -286,6 +286,8 @@ def test_a_gpt_with_every_option_runs(trained, tmp_path):
                     "--drop-path", "0.1",
                     "--class-dropout", "0.5", "--weight-decay", "0", "--ema", "0", "--cfg-scale", "3")
     assert state["config"]["drop_path"] == 0.1
+    with pytest.raises(InputError, match="drop_path"):
+        run_gpt(tmp_path, "--steps", "1", "--vq", str(trained / "vq.pt"), "--drop-path", "1")
 
 
 # text
@@ -391,8 +393,9 @@ def test_a_tokenizer_and_a_gpt_train_from_the_weights_of_others(trained, tmp_pat
 def test_a_resumed_run_on_a_folder_equals_one_that_was_not_interrupted(tmp_path):
     for i in range(12):
         pixels = np.random.default_rng(i).integers(256, size=(40, 40, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    flags = ["--data", str(tmp_path), "--batch-size", "4", "--restart-every", "1", "--steps"]
+        (tmp_path / "set").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "set" / f"{i}.png")
+    flags = ["--data", str(tmp_path / "set"), "--batch-size", "4", "--restart-every", "1", "--steps"]
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     whole = run_vq(tmp_path / "a", *flags, "4")
 
@@ -440,7 +443,6 @@ def test_wrong_input_is_one_clear_line_and_not_a_traceback(trained, tmp_path):
         ("train_vq.py", ["--steps", "1", "--out", "/proc/none/vq.pt"], "/proc/none"),
         ("train_gpt.py", ["--seed", "-1"], "below zero"),
         ("train_gpt.py", ["--dropout", "1.5"], "between 0 and 1"),
-        ("train_gpt.py", ["--vq", trained / "vq.pt", "--drop-path", "1"], "drop_path"),
         ("train_gpt.py", ["--resume", "--out", trained / "vq.pt"], "not written by this script"),
         ("train_gpt.py", ["--vq", trained / "vq.pt", "--data", "mnist", "--cond", "text"], "no captions"),
         ("train_gpt.py", ["--vq", tmp_path / "junk.pt"], "junk.pt"),
