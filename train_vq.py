@@ -272,7 +272,8 @@ def resume_state(args, *needed):
     state = read_checkpoint(args.out)
     if not {"config", "optimizer", "raw", "random", *needed} <= state.keys():
         raise InputError(f"{args.out} has no complete state to go on from: it was not written by this script")
-    for name in ("data", "image_size", "limit", "seed", "init", "codes", "ten_crop", "cond", "text_encoder"):
+    for name in ("data", "image_size", "limit", "seed", "init", "codes", "ten_crop", "captioned", "cond",
+                 "text_encoder"):
         flag, now, before = f"--{name.replace('_', '-')}", getattr(args, name, None), state["args"].get(name)
         if now != before:
             raise InputError(f"{args.out} was trained with other settings, {flag} {before} instead of {now}: "
@@ -355,6 +356,9 @@ def restart_dead_codes(vq, counts, images):
 def get_args(argv=None):
     parser = flag_parser(__doc__)
     add_training_flags(parser, out="out/vq.pt", minutes=1.75)
+    parser.add_argument("--captioned", action="store_true",
+                        help="train on the pictures with captions, as train_gpt.py --cond text will: of "
+                             "shapes, also those with two in a picture")
     group = parser.add_argument_group("model")
     group.add_argument("--size", default="VQ-tiny", choices=VQ_SIZES,
                        help="a row of VQ_SIZES in tokenizer.py")
@@ -414,8 +418,8 @@ def main(args):
     if state and state["config"] != asdict(config):
         raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
 
-    train = load_data(args.data, "train", args.image_size, args.limit, args.data_dir)
-    test = load_data(args.data, "test", args.image_size, args.limit, args.data_dir)
+    train, test = (load_data(args.data, split, args.image_size, args.limit, args.data_dir,
+                             captioned=args.captioned) for split in ("train", "test"))
     args.batch_size = min(args.batch_size, len(train))
     vq, average = VQModel(config).to(device), VQModel(config).to(device)
     if start:
