@@ -122,8 +122,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask=None, cache=None, position=None):    # x  (B, S, D)
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))          #    (B, S, H + 2 G, d)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        turned, v = heads.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
+        q, k = apply_rope(turned, rope).split([self.n_head, self.n_kv_head], dim=2)
         # q (B, H, S, d)   k, v (B, G, S, d)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:

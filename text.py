@@ -46,7 +46,7 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
 
 
-TINY_T5 = dict(d_model=192, d_kv=48, d_ff=512, num_layers=2, num_heads=4)    # trained together with the GPT
+TINY_T5 = dict(d_model=192, d_kv=48, d_ff=512, num_layers=1, num_heads=4)    # trained together with the GPT
 
 
 class T5Norm(nn.Module):

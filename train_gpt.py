@@ -169,6 +169,8 @@ def get_args(argv=None):
     group = parser.add_argument_group("model")
     group.add_argument("--init", help="start from the weights of this GPT, whatever its image size was: the "
                                       "paper's second stage")
+    group.add_argument("--paper-init", action="store_true",
+                       help="start with all weights normal, std 0.02, instead of with quick_start")
     group.add_argument("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
     group.add_argument("--image-size", type=positive(int),
                        help="side of the pictures; the tokenizer's own if left out")
@@ -183,7 +185,7 @@ def get_args(argv=None):
                        help="pictures per step; 256 in the paper")
     group.add_argument("--grad-accum", type=positive(int), default=1,
                        help="batches whose gradients make one step")
-    group.add_argument("--lr", type=positive(float), default=3e-3,
+    group.add_argument("--lr", type=positive(float), default=1.5e-3,
                        help="peak learning rate; 1e-4 in the paper")
     group.add_argument("--lr-final", type=share, default=0.02,
                        help="end of the cosine as a share of --lr; 1: constant")
@@ -197,7 +199,28 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-def prepare_model(args, own, start, device):
+@torch.no_grad()
+def quick_start(gpt, codes):
+    """First weights from which a small GPT learns in half the steps. codes (V, C): the codebook, unit length.
+
+    Adam moves each weight by about the learning rate. At the paper's 1e-4, weights that start with a std of
+    0.02 remain what they are for hundreds of steps; at rates for runs of minutes they are washed away in a
+    dozen, and what tells the tokens apart with them. So here all start larger: embeddings as a random
+    projection of the codebook, so that codes that look alike are alike to the GPT, plus noise of their own;
+    matrices that keep the length of a normalised input. Those that end a branch start at 0, every block as
+    the identity.
+    """
+    V, C = codes.shape
+    D = gpt.config.dim
+    gpt.tok_embeddings.weight.copy_(0.5 * codes @ torch.randn(C, D) + 0.25 * torch.randn(V, D))
+    for layer in gpt.layers:
+        for linear in (layer.attention.wqkv, layer.feed_forward.w1, layer.feed_forward.w3):
+            nn.init.normal_(linear.weight, std=D ** -0.5)
+        for linear in (layer.attention.wo, layer.feed_forward.w2):
+            nn.init.zeros_(linear.weight)
+
+
+def prepare_model(args, own, vq, start, device):
     """A new GPT of --size, or one with the weights of --init (`start`, its checkpoint) on a grid of its own.
     own: what the data decide of its configuration."""
     config, weights = GPTConfig(**GPT_SIZES[args.size]), None
@@ -206,7 +229,11 @@ def prepare_model(args, own, start, device):
     config = replace(config, **own, token_dropout=args.dropout, resid_dropout=args.dropout,
                      ffn_dropout=args.dropout, class_dropout=args.class_dropout, drop_path=args.drop_path)
     gpt = GPT(config)
-    return (fill_weights(gpt, weights, args.init) if weights else gpt).to(device)
+    if weights:
+        fill_weights(gpt, weights, args.init)
+    elif not args.paper_init:
+        quick_start(gpt, vq.quantize.codes().cpu())
+    return gpt.to(device)
 
 
 def main(args):
@@ -233,7 +260,7 @@ def main(args):
         saved = (state or start).get("text_encoder")
         train, test, text = prepare_captions(args, folders, saved, device)
         own |= dict(model_type="t2i", cls_token_num=train.ids.shape[1], caption_dim=train.width)
-    gpt = prepare_model(args, own, start, device)
+    gpt = prepare_model(args, own, vq, start, device)
     if state and state["config"] != asdict(gpt.config):
         raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
 

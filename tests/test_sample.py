@@ -339,16 +339,17 @@ def test_a_released_text_model_asks_for_its_encoder_and_refuses_one_of_another_w
         main(get_args([*flags, "--text-encoder", str(tmp_path / "t5")]))
 
 
-def test_alignment_asks_about_seen_and_held_out_combinations(text_checkpoints, monkeypatch, capsys):
+def test_alignment_asks_about_one_and_two_shapes_seen_and_held_out(text_checkpoints, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(sample.fid, "agreement", lambda images, captions, device:
                         asked.append((images.shape, captions)) or {"Kind": 0.5})
     main(get_args([*text_checkpoints, "--alignment", "6"]))
-    assert [shape for shape, _ in asked] == [(6, 3, 6, 6)] * 2
-    held_out = [any(data.held_out(shape) for item in map(fid.parse_caption, captions)
-                    for shape in item.get("shapes", [item])) for _, captions in asked]
-    assert held_out == [False, True]
-    assert "held-out combinations: Kind 50.0%" in capsys.readouterr().out
+    assert [shape for shape, _ in asked] == [(6, 3, 6, 6)] * 4
+    kinds_of = [{("shapes" in item, any(map(data.held_out, item.get("shapes", [item]))))
+                 for item in map(fid.parse_caption, captions)} for _, captions in asked]
+    assert kinds_of == [{(False, False)}, {(True, False)}, {(False, True)}, {(True, True)}]
+    out = capsys.readouterr().out
+    assert "6 captions of two shapes, held-out combinations: Kind 50.0%" in out and out.count("seen") == 2
 
 
 @pytest.mark.parametrize("given, interval", [(0, 3), (3, 3), (4, 3), (5, 3), (9, 3), (5, 4)])

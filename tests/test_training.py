@@ -1,5 +1,6 @@
 """pytest -q tests/test_training.py      Both training scripts: losses,
 schedule, a few real steps, resuming."""
+import contextlib
 import json
 import math
 import signal
@@ -9,13 +10,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
 import train_gpt
 import train_vq
 from conftest import ROOT
-from model import load_gpt
+from model import GPT, GPTConfig, load_gpt
 from test_text import write_t5
 from text import tiny_text_encoder, tiny_text_encoder_from
 from tokenizer import InputError, VQConfig, VQModel, load_tokenizer
@@ -34,6 +36,20 @@ def run_gpt(tmp_path, *flags):
     train_gpt.main(train_gpt.get_args([*QUICK, "--out", str(tmp_path / "gpt.pt"), "--vq",
                                        str(tmp_path / "vq.pt"), *flags]))
     return torch.load(tmp_path / "gpt.pt", weights_only=True)
+
+
+@contextlib.contextmanager
+def ctrl_c(module, step):
+    """The training loop of `module` gets a Ctrl-C before this step, and ends as it should."""
+    class Interrupted(train_vq.Clock):
+        def running(self, now):
+            if now == step:
+                signal.raise_signal(signal.SIGINT)
+            return super().running(now)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="--resume"):
+        patch.setattr(module, "Clock", Interrupted)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +239,21 @@ def test_both_scripts_leave_a_checkpoint_a_log_and_a_picture(trained):
     assert not list(trained.glob("*.partial"))
 
 
+def test_the_quick_start_gives_like_codes_like_embeddings_and_blocks_that_change_nothing():
+    codes = F.normalize(torch.randn(256, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    gpt = GPT(GPTConfig(n_layer=2, n_head=4, dim=256, vocab_size=256, block_size=16, num_classes=3)).eval()
+    train_gpt.quick_start(gpt.requires_grad_(False), codes)
+    cosines = lambda x: (F.normalize(x, dim=-1) @ F.normalize(x, dim=-1).T).flatten()
+    both = torch.stack([cosines(codes), cosines(gpt.tok_embeddings.weight)])
+    assert torch.corrcoef(both)[0, 1] > 0.8
+    assert gpt.tok_embeddings.weight.std() == pytest.approx((0.5 ** 2 + 0.25 ** 2) ** 0.5, rel=0.1)
+    x = torch.randn(2, 5, 256)
+    assert torch.equal(gpt.layers[1](x, gpt.rope[:5]), x)
+    assert gpt.layers[0].attention.wqkv(gpt.norm(x)).std() == pytest.approx(1, rel=0.1)
+
+
 @pytest.mark.parametrize("script, length", [("vq", 8), ("gpt", 4)])
-def test_an_interrupted_and_resumed_run_equals_one_that_was_not(trained, tmp_path, monkeypatch, script,
-                                                                length):
+def test_an_interrupted_and_resumed_run_equals_one_that_was_not(trained, tmp_path, script, length):
     if script == "vq":
         run = lambda folder, *flags: run_vq(folder, "--steps", "8", "--disc-start", "1", "--restart-every",
                                             "3", *flags)
@@ -235,17 +263,8 @@ def test_an_interrupted_and_resumed_run_equals_one_that_was_not(trained, tmp_pat
     module = {"vq": train_vq, "gpt": train_gpt}[script]
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     whole = run(tmp_path / "a")
-
-    class Interrupted(train_vq.Clock):
-        def running(self, step):
-            if step == length // 2:
-                signal.raise_signal(signal.SIGINT)               # what Ctrl-C does
-            return super().running(step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "Clock", Interrupted)
-        with pytest.raises(SystemExit, match="--resume"):
-            run(tmp_path / "b")
+    with ctrl_c(module, step=length // 2):
+        run(tmp_path / "b")
     assert torch.load(tmp_path / "b" / f"{script}.pt", weights_only=True)["step"] == length // 2
     resumed = run(tmp_path / "b", "--resume")
     assert resumed["step"] == whole["step"] == length
@@ -316,12 +335,7 @@ def test_a_resumed_text_run_equals_one_that_was_not_interrupted(texts, tmp_path,
     flags = [*flags, "--vq", str(texts / "vq.pt"), "--steps"]
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     whole = run_gpt(tmp_path / "a", *flags, "4")
-
-    class Interrupted(train_vq.Clock):
-        def running(self, step):
-            return step < 2 and super().running(step)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "Clock", Interrupted)
+    with ctrl_c(train_gpt, step=2):
         run_gpt(tmp_path / "b", *flags, "4")
     resumed = run_gpt(tmp_path / "b", *flags, "4", "--resume")
     assert resumed["step"] == whole["step"] == 4
@@ -398,12 +412,7 @@ def test_a_resumed_run_on_a_folder_equals_one_that_was_not_interrupted(tmp_path)
     flags = ["--data", str(tmp_path / "set"), "--batch-size", "4", "--restart-every", "1", "--steps"]
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     whole = run_vq(tmp_path / "a", *flags, "4")
-
-    class Interrupted(train_vq.Clock):
-        def running(self, step):
-            return step < 2 and super().running(step)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_vq, "Clock", Interrupted)
+    with ctrl_c(train_vq, step=2):
         run_vq(tmp_path / "b", *flags, "4")
     resumed = run_vq(tmp_path / "b", *flags, "4", "--resume")
     assert all(torch.equal(w, resumed["raw"][name]) for name, w in whole["raw"].items())
