@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import fid
 from data import (SharedArray, captioned_shapes, flag_parser, image_grid, imagenet_names, natural,
-                  pick_device, positive, rank_and_world, run, spread, to_uint8, wait_for_all)
+                  pick_device, positive, rank_and_world, run, to_uint8, wait_for_all)
 from model import gpt_from_checkpoint
 from text import pretrained_text_encoder, tiny_text_encoder_from
 from tokenizer import InputError, load_tokenizer, read_checkpoint, weights_hash
@@ -288,18 +288,18 @@ def sweep(gpt, vq, conditions, labels, side, args, device):
 
 
 def alignment(gpt, vq, text, side, args, device):
-    """How well pictures of `shapes` agree with their captions, --alignment of each: one shape or two, of
-    combinations that were trained on or held out."""
+    """How well pictures of `shapes` agree with captions from the test split, --alignment of each: one shape
+    or two, of combinations that were trained on or held out."""
     for seen in (True, False):
         _, items = captioned_shapes("test", seen=seen)
         for two in (False, True):
-            captions = [item["caption"] for item in items if ("shapes" in item) == two]
-            captions = spread(captions, args.alignment)
+            found = [item["caption"] for item in items if ("shapes" in item) == two]
+            captions = [found[i * len(found) // args.alignment] for i in range(args.alignment)]
             images = np.empty((len(captions), side, side, 3), np.uint8)
             conditions = Conditions(captions, text, device)
             sample_all(gpt, vq, conditions, np.arange(len(captions)), images, args, device)
             shares = fid.agreement(torch.from_numpy(images).permute(0, 3, 1, 2), captions, device)
-            print(f"{len(captions)} captions of {'two shapes' if two else 'one shape'}, "
+            print(f"{len(captions)} pictures of {'two shapes' if two else 'one shape'}, "
                   f"{'seen' if seen else 'held-out'} combinations: " +
                   ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
 
@@ -326,7 +326,7 @@ def get_args(argv=None):
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="captions, one row each")
     prompts.add_argument("--prompts-file", help="captions, one a line")
     prompts.add_argument("--alignment", type=positive(int), metavar="M",
-                         help="for models of shapes: draw M captions each of one and two shapes, of seen and "
+                         help="for models of shapes: draw M pictures each of one and two shapes, of seen and "
                               "of held-out combinations, and print how often kind, colour, ... are right")
     group.add_argument("--per-class", type=positive(int),
                        help="pictures of each class or prompt; 8 if left out, 1 for a released GPT")

@@ -349,7 +349,7 @@ def test_alignment_asks_about_one_and_two_shapes_seen_and_held_out(text_checkpoi
                  for item in map(fid.parse_caption, captions)} for _, captions in asked]
     assert kinds_of == [{(False, False)}, {(True, False)}, {(False, True)}, {(True, True)}]
     out = capsys.readouterr().out
-    assert "6 captions of two shapes, held-out combinations: Kind 50.0%" in out and out.count("seen") == 2
+    assert "6 pictures of two shapes, held-out combinations: Kind 50.0%" in out and out.count("seen") == 2
 
 
 @pytest.mark.parametrize("given, interval", [(0, 3), (3, 3), (4, 3), (5, 3), (9, 3), (5, 4)])
