@@ -177,14 +177,19 @@ def held_out(shape):
     return (3 * list(KINDS).index(shape["kind"]) + list(COLOURS).index(shape["colour"])) % 10 == 0
 
 
-def captioned_shapes(split="train", n=None, size=32, seen=True, seed=0):
-    """Pictures of one and of two shapes for text-conditional training: images uint8 (M, size, size, 3) and
-    their attributes. seen: those without a held-out pair; else only those with one. n: so many of them,
-    evenly spread."""
+def captioned_items(split="train", n=None, seen=True, seed=0):
+    """What the pictures of one, then those of two shapes show, dicts with their captions. seen: those without
+    a held-out pair; else only those with one. n: so many of them, evenly spread."""
     keep = lambda item: seen != any(held_out(shape) for shape in item.get("shapes", [item]))
     items = [shape_attributes(split, i, seed) for i in range(SHAPES_COUNT[split])]
     items += [scene_attributes(split, i, seed) for i in range(SCENES_COUNT[split])]
-    items = spread([item for item in items if keep(item)], n)
+    return spread([item for item in items if keep(item)], n)
+
+
+def captioned_shapes(split="train", n=None, size=32, seen=True, seed=0):
+    """The pictures for text-conditional training: images uint8 (M, size, size, 3) and their
+    captioned_items."""
+    items = captioned_items(split, n, seen, seed)
     singles, scenes = ([item for item in items if ("shapes" in item) == two] for two in (False, True))
     images = [render(singles, [singles], size)]
     images += [render(scenes, list(zip(*(item["shapes"] for item in scenes))), size)] if scenes else []
@@ -413,8 +418,8 @@ def center_crop(image, size):
 def fixed_crops(image, size, flip=True, ranges=()):
     """Every version of a picture that is tokenized, uint8 (K, size, size, 3).
 
-    ranges  for each factor r, ten crops: the centre crop at r * size, of it the four corners and the middle,
-            and their mirror images (K = 10 per range). The paper's GPTs saw 1.1, or 1.1 and 1.05.
+    ranges  for each factor r, five crops: the centre crop at r * size, of it the four corners and the middle;
+            ten with flip, their mirror images too. The paper's GPTs saw ten at 1.1, or at 1.1 and 1.05.
             Without ranges: the centre crop (K = 1) and, with flip, its mirror image (K = 2).
     """
     views = []
@@ -423,7 +428,7 @@ def fixed_crops(image, size, flip=True, ranges=()):
         end = len(pixels) - size
         corners = [(0, 0), (0, end), (end, 0), (end, end), (round(end / 2),) * 2] if ranges else [(0, 0)]
         views += [pixels[top:top + size, left:left + size] for top, left in corners]
-        if flip or ranges:
+        if flip:
             views += [view[:, ::-1] for view in views[-len(corners):]]
     return np.stack(views)
 
@@ -480,7 +485,9 @@ class ArrayData:
         return len(self.labels)
 
     def fingerprint(self):
-        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+        captions = repr(self.captions).encode() if self.captions else b""
+        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes() +
+                              captions).hexdigest()
 
     def batches(self, batch_size, seed, start=0, device="cpu"):
         """Endless training batches (B, 3, H, W) in [-1, 1]."""
@@ -544,7 +551,7 @@ class FolderData(torch.utils.data.Dataset):
 
     def __init__(self, root, split, size=32, n=None, flip=True, ranges=()):
         self.size, self.flip, self.ranges = size, flip, tuple(ranges)
-        self.crops = 10 * len(self.ranges) or (2 if flip else 1)     # see fixed_crops
+        self.crops = (5 * len(self.ranges) or 1) * (2 if flip else 1)       # see fixed_crops
         self.arguments = dict(name=str(root), split=split, size=size, n=n, flip=flip, ranges=list(ranges))
         # n: every so many-th file, because the first n of an ordered list would all be of the first class
         entries = spread(self.find_files(root, split), n)
@@ -715,10 +722,10 @@ def caption_list(found):
 
 def jsonl_entries(path):
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().split(b"\n")       # not splitlines: JSON may have U+2028 inside its strings
+    except OSError as error:
         raise InputError(f"--data {path} cannot be read ({error})") from None
-    for line in filter(str.strip, lines):
+    for line in filter(bytes.strip, lines):
         try:
             record = json.loads(line)
         except ValueError:
@@ -748,10 +755,11 @@ def tar_entries(shards):
                     place = TarMember(shard, member.name, member.offset_data, member.size, changed)
                     samples.setdefault((folder, stem), {})[f".{ending.lower()}"] = place
         except (tarfile.TarError, OSError) as error:
-            if not samples:
+            if not samples and len(shards) == 1:
                 raise InputError(f"{shard} is not a .tar archive ({error}); compressed ones are not read: "
                                  "gunzip them") from None
-            print(f"warning: {shard} ends early ({error})", file=sys.stderr)
+            what = "ends early" if samples else "is left out, it is no archive"
+            print(f"warning: {shard} {what} ({error})", file=sys.stderr)
         for parts in samples.values():
             image = next((file for ending, file in parts.items() if ending in image_endings()), None)
             yield image, tar_captions(parts), tar_class(parts)
@@ -762,14 +770,14 @@ def tar_captions(parts):
         return caption_list(parts[".txt"].read_bytes().decode("utf-8", "replace").splitlines())
     try:
         record = json.loads(parts[".json"].read_bytes())
-        return caption_list(record.get("text", record.get("caption")))
+        return caption_list(record.get("text") or record.get("caption"))
     except (KeyError, ValueError, AttributeError):
         return []
 
 
 def tar_class(parts):
     text = parts[".cls"].read_bytes().strip() if ".cls" in parts else b""
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdigit() and len(text) < 7 else 0
 
 
 def draw_emoji(font, folder, size=32):
@@ -1049,6 +1057,9 @@ def read_captions(folder):
 # ------------------------------------------------------------------------------------------------------------
 # Pictures for people
 
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+
+
 def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
     """A labelled picture, ready for a PNG, of uint8 images (M, H, W, 3), row by row; row_names are written on
     the left, titles (one per image) above each."""
@@ -1056,7 +1067,9 @@ def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
     scale = max(1, min(scale, 512 // H))
     rows = math.ceil(M / columns)
     font = ImageFont.load_default(size=max(12, min(22, H * scale // 5)))
-    row_names = [textwrap.wrap(name, 24) or [""] for name in row_names]      # long ones in several lines
+    lines = max(1, H * scale // (font.size + 6))                 # so many fit beside a row of pictures
+    wrap = textwrap.TextWrapper(24, max_lines=lines, placeholder=ELLIPSIS).wrap
+    row_names = [wrap(name) or [""] for name in row_names]
     margin = max((int(font.getlength(line)) + 16 for name in row_names for line in name), default=0)
     head = 24 if titles else 0
     cell_h, cell_w = head + H * scale + gap, W * scale + gap
@@ -1067,7 +1080,8 @@ def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
         tile = Image.fromarray(pixels).resize((W * scale, H * scale), Image.Resampling.NEAREST)
         sheet.paste(tile, (x, y + head))
         if titles:
-            draw.text((x + 2, y + head // 2), fitted(titles[i], font, cell_w - 4), "black", font, anchor="lm")
+            title = fitted(titles[i][:200], font, cell_w - 4)
+            draw.text((x + 2, y + head // 2), title, "black", font, anchor="lm")
     for row, name in enumerate(row_names):
         draw.text((8, gap + row * cell_h + H * scale // 2), "\n".join(name), "black", font, anchor="lm")
     return sheet
@@ -1076,7 +1090,7 @@ def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
 def fitted(text, font, width):
     """The text, its end cut off where it is longer than `width` pixels."""
     while font.getlength(text) > width:
-        text = text[:-2].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+        text = text[:-2].rstrip() + ELLIPSIS
     return text
 
 

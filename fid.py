@@ -438,6 +438,7 @@ def parse_caption(caption):
     return item | first | {"size": match["size0"]}
 
 
+@functools.cache
 def train_reader(device, side):
     """An AttributeReader for pictures of `side` pixels: of one and of two shapes, in all combinations."""
     images, items = zip(*(captioned_shapes("train", size=side, seen=seen) for seen in (True, False)))

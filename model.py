@@ -208,7 +208,7 @@ class CaptionMLP(nn.Module):
 
 class CaptionEmbedder(nn.Module):
     """Text features (B, L, E) to L condition tokens. The null caption is random and never trained, as
-    released."""
+    released. InputError for features of another shape."""
 
     def __init__(self, config):
         super().__init__()
@@ -218,6 +218,9 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("uncond_embedding", null)           # a buffer, so no optimizer ever sees it
 
     def forward(self, cond):                                     # cond (B, L, E)
+        if cond.shape[1:] != self.uncond_embedding.shape:
+            L, E = self.uncond_embedding.shape
+            raise InputError(f"cond has the shape {tuple(cond.shape)}: this GPT reads features (B, {L}, {E})")
         cond = cond.to(self.cap_proj.fc1.weight.dtype)
         if self.training and self.dropout > 0:
             dropped = torch.rand(cond.shape[0], 1, 1, device=cond.device) < self.dropout
@@ -231,6 +234,7 @@ class CaptionEmbedder(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 class GPT(nn.Module):
+    """Condition and image tokens to the logits of the next token; see forward."""
 
     def __init__(self, config):
         super().__init__()

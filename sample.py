@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import fid
-from data import (SharedArray, captioned_shapes, flag_parser, image_grid, imagenet_names, natural,
+from data import (SharedArray, captioned_items, flag_parser, image_grid, imagenet_names, natural,
                   pick_device, positive, rank_and_world, run, to_uint8, wait_for_all)
 from model import gpt_from_checkpoint
 from text import pretrained_text_encoder, tiny_text_encoder_from
@@ -28,6 +28,11 @@ from tokenizer import InputError, load_tokenizer, read_checkpoint, weights_hash
 
 EXAMPLES = ["a large red star on a navy background", "a small yellow heart on a white background",
             "a cyan ring left of an orange cross on a black background"]    # drawn if no prompt is given
+
+# Guidance and temperature where no flag gives them. Small models err less often when they dare less; a text
+# model that knows its few captions by heart is thrown off by strong guidance.
+SETTINGS = {("class", "own"): (2.5, 0.3), ("class", "released"): (4.0, 1.0),
+            ("text", "own"): (1.5, 0.6), ("text", "released"): (7.5, 1.0)}
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -173,10 +178,10 @@ def read_prompts(args):
             prompts = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompts-file {args.prompts_file} cannot be read ({error})") from None
-    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-    if not prompts:
-        raise InputError("no prompt: every one given is empty")
-    return prompts
+        prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts or not all(map(str.strip, prompts)):
+        raise InputError("a prompt is empty: give each some words")
+    return [prompt.strip() for prompt in prompts]
 
 
 class Conditions:
@@ -245,7 +250,7 @@ def sample_npz(gpt, vq, conditions, labels, side, args, device):
     # The key of unfinished work: the models' files and every flag that changes a picture.
     files = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in (args.gpt, args.vq)]
     flags = [args.seed, args.batch_size, args.cfg_scale, args.cfg_interval, args.temperature, args.top_k,
-             args.top_p, args.image_size]
+             args.top_p, args.image_size, args.text_encoder]
     words = [conditions.names[i] for i in labels]
     key = hashlib.sha256(repr((files, flags, side, labels.tolist(), words)).encode()).hexdigest()[:16]
     whole = path.with_name(f"{path.name}.{key}.arr_0")
@@ -291,7 +296,7 @@ def alignment(gpt, vq, text, side, args, device):
     """How well pictures of `shapes` agree with captions from the test split, --alignment of each: one shape
     or two, of combinations that were trained on or held out."""
     for seen in (True, False):
-        _, items = captioned_shapes("test", seen=seen)
+        items = captioned_items("test", seen=seen)
         for two in (False, True):
             found = [item["caption"] for item in items if ("shapes" in item) == two]
             captions = [found[i * len(found) // args.alignment] for i in range(args.alignment)]
@@ -344,12 +349,12 @@ def get_args(argv=None):
     group.add_argument("--inception", help="Inception's weights for --sweep, if they are not in the cache")
     group = parser.add_argument_group("how to sample")
     group.add_argument("--cfg-scale", type=float,
-                       help="guidance; 1: none, 0: unconditional; if left out 2.5, for a released GPT 4, "
-                            "or 7.5 with text")
+                       help="guidance; 1: none, 0: unconditional; if left out 2.5 (with text 1.5), for a "
+                            "released GPT 4 (with text 7.5)")
     group.add_argument("--cfg-interval", type=int, default=-1, help="i: guide tokens 0 to i+1 only; -1: all")
     group.add_argument("--temperature", type=float,
-                       help="below 1: less varied; 0: the likeliest token; if left out 0.3, for a released "
-                            "GPT 1")
+                       help="below 1: less varied; 0: the likeliest token; if left out 0.3 (with text 0.6), "
+                            "for a released GPT 1")
     group.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
     group.add_argument("--top-p", type=float, default=1.0,
                        help="draw from the likeliest tokens that make up this share")
@@ -373,10 +378,9 @@ def main(args):
         raise InputError(f"{target} is a folder: give the name of a file in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     gpt, vq, text, names, own = load_models(args, device)
-    if args.cfg_scale is None:
-        args.cfg_scale = 2.5 if own else 7.5 if text else 4.0
-    if args.temperature is None:                         # small models err less often when they dare less
-        args.temperature = 0.3 if own else 1.0
+    cfg_scale, temperature = SETTINGS["text" if text else "class", "own" if own else "released"]
+    args.cfg_scale = cfg_scale if args.cfg_scale is None else args.cfg_scale
+    args.temperature = temperature if args.temperature is None else args.temperature
     side = args.image_size_eval or math.isqrt(gpt.config.block_size) * vq.config.downsample
     if args.compile:
         gpt.step = torch.compile(gpt.step, fullgraph=True, dynamic=False)

@@ -2,7 +2,8 @@
 
     caption --clean--> text --unigram segmentation--> ids (B, L) --T5Encoder--> features (B, L, D)
 
-Shapes: B captions, L tokens of a caption, D model width, H heads, d channels of a head, F hidden width.
+Shapes: B captions, L tokens of a caption, D model width, H heads, d channels of a head, F hidden width;
+        for the GPT that reads the features D is called E.
 Paper:  T5 (Raffel 2020), FLAN-T5 (Chung 2022); unigram segmentation: SentencePiece (Kudo 2018).
 Run:    python text.py               # the shapes of one pass through a tiny encoder
 """
@@ -131,6 +132,7 @@ class T5Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
+    """Token ids to features, without a position embedding: only attention knows about places."""
 
     def __init__(self, config):
         super().__init__()
@@ -170,8 +172,8 @@ def load_t5(folder, device="cpu", dtype=torch.float32):
     index, or .safetensors. Decoder weights are ignored."""
     folder = Path(folder)
     try:
-        settings = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        settings = dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder} has no readable config.json ({error}): --text-encoder wants a folder "
                          f"such as flan-t5-xl, with its config, weights and spiece.model") from None
     gated = settings.get("feed_forward_proj", "relu") == "gated-gelu"
@@ -190,24 +192,33 @@ def load_t5(folder, device="cpu", dtype=torch.float32):
 
 def read_weights(folder):
     """All tensors of a folder, memory-mapped: of one file, or of all files that the index names."""
+    lacking = []
     for name, read in (("pytorch_model.bin", lambda path: read_checkpoint(path, mmap=True)["model"]),
                        ("model.safetensors", read_safetensors)):
-        index = folder / f"{name}.index.json"
+        index, files = folder / f"{name}.index.json", [name]
         if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise InputError(f"{index} is damaged ({error!r}): fetch it again") from None
+        missing = [file for file in files if not (folder / file).exists()]
+        if not missing:
             return {key: w for file in files for key, w in read(folder / file).items()}
-        if (folder / name).exists():
-            return read(folder / name)
-    raise InputError(f"{folder} holds neither pytorch_model.bin nor model.safetensors, nor an index of one")
+        lacking += missing
+    raise InputError(f"{folder} lacks its weights: there is no {' and no '.join(lacking)}")
 
 
 def read_safetensors(path):
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
         raise InputError(f"{path} needs the package safetensors: pip install safetensors, or use "
                          f"pytorch_model.bin") from None
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}): fetch it again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -291,6 +302,7 @@ class T5Tokenizer:
             data = Path(path).read_bytes()
             read = self.read_json if data[:1] == b"{" else self.read_protobuf
             pieces, blob, self.special = read(data)
+            self.normalise = CharacterMap(blob) if blob else lambda text: text
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error})") from None
         except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -303,7 +315,6 @@ class T5Tokenizer:
             raise InputError(f"{path} holds no unigram vocabulary")
         self.longest = max(map(len, self.scores))
         self.unknown_score = min(score for score, _ in self.scores.values()) - np.float32(10)
-        self.normalise = CharacterMap(blob) if blob else lambda text: text
         self.words = {}                                          # ids of words met before
 
     @staticmethod
@@ -391,6 +402,7 @@ SIGNS = (
     ("[\"`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
     ("[\u2018\u2019]", "'"),
     (r"&(quot|amp);?", ""),
+    (r"\\n", " "),                                              # a line break that was spelled out
     (r"\b\d{1,3}(\.\d{1,3}){3}\b", " "),                        # internet addresses
     (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),                  # numbers of articles
     (r"\S+\.(png|jpe?g|bmp|webp|eps|pdf|apk|mp4)", ""),          # names of files
@@ -403,7 +415,8 @@ ADVERTS = (
     (r"\b[a-z]{1,3}\d{3,15}\b|\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b", ""),     # codes such as jc6640
     (r"(worldwide\s+)?(free\s+)?shipping|(free\s)?download(\sfree)?|\bclick\b\s(for|on)\s\w+", ""),
     (r"\b(png|jpe?g|bmp|webp|eps|pdf|apk|mp4)(\simages?)?", ""),
-    (r"\bpage\s+\d+\b|\b\d+[x\u0445\u00d7]\d+\b", " "),        # pages; sizes such as 640x480
+    (r"\b\d*[a-z]+\d+[a-z]+\d+[a-z\d]*\b", " "),                  # longer codes, j2d1a2a
+    (r"\bpage\s+\d+\b|\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b", " "),     # pages; 8.5 by 11
     (r"\s:\s", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
@@ -419,8 +432,11 @@ class TextOfHTML(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.found = []
-        self.feed(text)
-        self.close()
+        try:
+            self.feed(text)
+            self.close()
+        except AssertionError:                                   # "<![" that opens nothing
+            self.found = [text]
 
     def handle_data(self, data):
         self.found.append(data)
@@ -443,6 +459,7 @@ def clean_caption(text):
         text = "".join(TextOfHTML(text).found)
         if not text.isascii():                                   # Pd: every dash that Unicode has
             text = "".join("-" if unicodedata.category(c) == "Pd" else c for c in text)
+        text = re.sub("-+", "-", text)
         replace(SIGNS)
         if len(re.findall("[-_]", text)) > 3:                    # this-is-a-title
             text = re.sub("[-_]", " ", text)

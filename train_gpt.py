@@ -4,7 +4,8 @@ Shapes: B images, N tokens of an image, K crops per image, V vocabulary, H x W p
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2 and 3.2.
 Run:    python train_gpt.py                                        # after train_vq.py; 6 minutes on a laptop
         python train_gpt.py --data fashion_mnist --minutes 12
-        python train_gpt.py --cond text --minutes 15 --out out/text/gpt.pt
+        python train_vq.py --captioned --codebook-size 64 --minutes 4 --out out/text/vq.pt
+        python train_gpt.py --cond text --vq out/text/vq.pt --minutes 15 --out out/text/gpt.pt
 """
 import copy
 import math
@@ -21,7 +22,7 @@ from data import (batch_indices, code_key, extract_codes, flag_parser, image_gri
                   pick_device, positive, read_about, read_captions, read_codes, run, share, spread, to_device,
                   to_uint8)
 from model import GPT, GPT_SIZES, GPTConfig, gpt_weights
-from sample import generate
+from sample import SETTINGS, generate
 from text import (Captions, pretrained_text_encoder, saved_text_encoder, tiny_text_encoder,
                   tiny_text_encoder_from)
 from tokenizer import InputError, fill_weights, load_tokenizer, read_checkpoint, weights_hash
@@ -36,10 +37,10 @@ def parameter_groups(nets, weight_decay, text_lr=1.0):
     for of_text in (False, True):
         chosen = [p for name, p in nets.named_parameters()
                   if (name.startswith("text.") or ".cap_proj." in name) == of_text]
-        share = text_lr if of_text else 1.0
+        of_lr = text_lr if of_text else 1.0
         groups.append({"params": [p for p in chosen if p.dim() >= 2], "weight_decay": weight_decay,
-                       "share": share})
-        groups.append({"params": [p for p in chosen if p.dim() < 2], "weight_decay": 0.0, "share": share})
+                       "share": of_lr})
+        groups.append({"params": [p for p in chosen if p.dim() < 2], "weight_decay": 0.0, "share": of_lr})
     return [group for group in groups if group["params"]]
 
 
@@ -80,17 +81,25 @@ class Classes:
         return (torch.from_numpy(rows),)
 
 
-def prepare_captions(args, folders, saved, device):
+def prepare_captions(args, folders, start, saved, device):
     """The Captions of the training and of the held-out pictures, and the text encoder that is still to run in
-    every step: None if its features are cached. saved: that of a checkpoint to go on from, or None."""
+    every step: None if its features are cached. start: the checkpoint --init; saved: the text encoder of a
+    checkpoint to go on from, or None."""
+    first = start.get("model", {}).get("cls_embedding.uncond_embedding")       # (L, E), or None
+    length = args.text_length or (len(first) if first is not None else None)
     train, test = (read_captions(folder) for folder in folders)
     if args.text_encoder == "tiny" and saved:
         text = tiny_text_encoder_from(saved, args.init or args.out, device).train()
     elif args.text_encoder == "tiny":
-        text = tiny_text_encoder([c for several in train for c in several], args.text_length or 32).to(device)
+        text = tiny_text_encoder([c for several in train for c in several], length or 32).to(device)
     else:
-        text = pretrained_text_encoder(args.text_encoder, args.text_length or 120, device)
+        text = pretrained_text_encoder(args.text_encoder, length or 120, device)
     train, test = Captions(train, text), Captions(test, text)
+    if first is not None and (text.length, train.width) != tuple(first.shape):
+        L, E = first.shape
+        raise InputError(f"{args.init} does not fit this text encoder: it reads {L} tokens of width "
+                         f"{E:,}, the encoder gives {text.length} of width {train.width:,}. Pass the "
+                         f"--text-encoder and --text-length that it was trained with")
     if text.cut:
         print(f"warning: {text.cut} captions are longer than {text.length} tokens and lose their ends",
               file=sys.stderr)
@@ -137,7 +146,9 @@ def save_samples(gpt, text, vq, conditions, device, path, args, columns=8):
     """A labelled PNG: one row for each of ten classes or captions, the same random numbers every time."""
     rows = np.array(spread(range(len(conditions.names)), 10)).repeat(columns)
     cond, mask = to_condition(text, [t.to(device) for t in conditions.lookup(rows)])
-    tokens = generate(gpt, cond, mask, cfg_scale=args.cfg_scale, temperature=args.temperature,
+    cfg_scale, temperature = SETTINGS[args.cond, "own"]
+    tokens = generate(gpt, cond, mask, cfg_scale=cfg_scale if args.cfg_scale is None else args.cfg_scale,
+                      temperature=temperature if args.temperature is None else args.temperature,
                       generator=torch.Generator(device).manual_seed(args.seed))
     pixels = to_uint8(vq.detokenize(tokens)).cpu().numpy()
     image_grid(pixels, columns, row_names=[conditions.names[i] for i in rows[::columns]]).save(path)
@@ -177,7 +188,7 @@ def get_args(argv=None):
     group.add_argument("--dropout", type=share, default=0.0,
                        help="on embeddings, attention output and feed-forward; 0.1 in the paper")
     group.add_argument("--class-dropout", type=share, default=0.1,
-                       help="share of classes replaced by the null class")
+                       help="share of classes or captions replaced by the null class or caption")
     group.add_argument("--drop-path", type=share, default=0.0,
                        help="stochastic depth; with it --dropout 0 is usual")
     group = parser.add_argument_group("optimisation")
@@ -194,8 +205,9 @@ def get_args(argv=None):
     group.add_argument("--clip", type=positive(float), default=1.0, help="largest norm of the gradient")
     group.add_argument("--ema", type=share, default=0.995,
                        help="decay of the averaged weights that are saved; 0: off")
-    group.add_argument("--cfg-scale", type=float, default=2.5, help="guidance of the sample grids")
-    group.add_argument("--temperature", type=float, default=0.3, help="of the sample grids; 1: as trained")
+    group.add_argument("--cfg-scale", type=float,
+                       help="guidance of the sample grids; that of sample.py if left out")
+    group.add_argument("--temperature", type=float, help="of the sample grids; that of sample.py if left out")
     return parser.parse_args(argv)
 
 
@@ -258,7 +270,7 @@ def main(args):
         train, test = (Classes(these, class_names) for these in (labels, test_labels))
     else:
         saved = (state or start).get("text_encoder")
-        train, test, text = prepare_captions(args, folders, saved, device)
+        train, test, text = prepare_captions(args, folders, start, saved, device)
         own |= dict(model_type="t2i", cls_token_num=train.ids.shape[1], caption_dim=train.width)
     gpt = prepare_model(args, own, vq, start, device)
     if state and state["config"] != asdict(gpt.config):

@@ -524,8 +524,42 @@ def test_data_without_captions_are_refused_when_captions_are_asked_for(tmp_path)
     with pytest.raises(InputError, match="mnist has no captions"):
         load_data("mnist", "train", captioned=True)
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(InputError, match="a.jsonl cannot be read"):
+    with pytest.raises(InputError, match="1 entries 1 lack the picture"):
         load_data(tmp_path / "a.jsonl", "train", captioned=True)
+
+
+def test_a_jsonl_loses_only_its_damaged_lines(tmp_path, capsys):
+    make_pictures(tmp_path, ["a.png"])
+    good = '{"image": "a.png", "text": "one\u2028two"}\n'.encode()
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + good + b'{"image": "a.png", "text": "\xff"}\n' +
+                                       2 * good)
+    pictures = load_data(tmp_path / "a.jsonl", "train", 16, captioned=True)
+    assert pictures.captions == [["one\u2028two"]] * 2
+    assert "left out 1 of 4 entries" in capsys.readouterr().err
+
+
+def test_a_bad_shard_among_others_is_left_out(tmp_path, capsys):
+    make_tar(tmp_path / "a.tar", [("1.png", png(1)), ("1.txt", b"one")])
+    (tmp_path / "b.tar").write_bytes(b"")
+    assert load_data(tmp_path, "train", 16, captioned=True).captions == [["one"]]
+    assert "b.tar is left out" in capsys.readouterr().err
+
+
+def test_other_captions_for_the_same_pictures_are_another_data_set(monkeypatch):
+    before = ArrayData("shapes", "test", 16, 4, captioned=True).fingerprint()
+    monkeypatch.setattr(data, "captioned_shapes", lambda *given, real=data.captioned_shapes: (
+        lambda images, items: (images, [item | {"caption": "a thing"} for item in items]))(*real(*given)))
+    assert ArrayData("shapes", "test", 16, 4, captioned=True).fingerprint() != before
+
+
+def test_captioned_pictures_are_cropped_without_mirror_images(tmp_path):
+    ramp = Image.linear_gradient("L").rotate(90)          # from dark on the left to bright on the right
+    ramp.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("bright on the right")
+    pictures = load_data(tmp_path, "train", 16, ranges=(1.1,), captioned=True)
+    (crops, _), = pictures.passes(1)                             # (1, 5, 3, 16, 16)
+    assert pictures.crops == crops.shape[1] == 5
+    assert (crops[..., -1].int() > crops[..., 0].int() + 200).all()
 
 
 def test_captions_stay_in_step_with_the_codes_when_pictures_are_broken(tmp_path, vq):

@@ -12,6 +12,7 @@ import data
 import fid
 import model
 import sample
+import text
 import tokenizer
 import train_gpt
 import train_vq
@@ -160,6 +161,19 @@ def test_shape_comments_of_the_model_are_true(kind):
     finally:
         sys.settrace(None)
     assert len({line for _, line in checked}) >= 9
+
+
+def test_shape_comments_of_the_text_encoder_are_true():
+    encoder = text.tiny_text_encoder(["a red star", "a blue heart on white"])
+    functions = [text.T5Attention.forward, text.T5Encoder.forward, text.TextEncoder.forward]
+    ids = encoder.tokenize(["a red star", "a star", "blue"])
+    tracer, checked = shape_checker(functions, dict(B=3, L=ids.shape[1], H=4, d=48))
+    sys.settrace(tracer)
+    try:
+        encoder(ids)
+    finally:
+        sys.settrace(None)
+    assert len({line for _, line in checked}) >= 6
 
 
 def test_the_shape_check_would_notice_a_wrong_comment(tmp_path):

@@ -300,15 +300,17 @@ def test_prompts_make_a_row_each_and_stay_with_their_pictures_in_an_npz(tmp_path
         assert file["prompt"].tolist() == (["a red star", "an orange ring", "white"] * 3)[:7]
     main(get_args([*text_checkpoints, "--out", str(out)]))       # without prompts: a few examples
     assert "warning" not in capsys.readouterr().err
-    main(get_args([*text_checkpoints, "--out", str(out), "--prompts", "word " * 10_000]))
-    assert "1 prompts are longer than 21 tokens" in capsys.readouterr().err
+    for per_class in ("1", "8"):                                 # as a title, as the name of a row
+        main(get_args([*text_checkpoints, "--out", str(out), "--prompts", "word " * 10_000,
+                       "--per-class", per_class]))
+        assert "1 prompts are longer than 21 tokens" in capsys.readouterr().err
 
 
 def test_prompts_and_models_that_do_not_fit_are_told_in_one_line(tmp_path, text_checkpoints, checkpoints):
     for flags, message in [
         ([*checkpoints, "--prompts", "a"], "draws classes, not prompts"),
         ([*text_checkpoints, "--classes", "1"], "draws from text"),
-        ([*text_checkpoints, "--prompts", "", " "], "no prompt"),
+        ([*text_checkpoints, "--prompts", "a star", " "], "a prompt is empty"),
         ([*text_checkpoints, "--prompts-file", str(tmp_path / "none.txt")], "none.txt cannot be read"),
     ]:
         with pytest.raises(InputError, match=message):

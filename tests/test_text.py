@@ -77,8 +77,11 @@ def write_t5(folder, layout="one file"):
             torch.save({name: w for name, w in weights.items() if names[name] == file}, folder / file)
         index = {"metadata": {}, "weight_map": names}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    elif layout == "safetensors":
-        (folder / "model.safetensors").write_bytes(b"")
+    elif layout == "safetensors":                                # no two names for one table in this format
+        from safetensors.torch import save_file
+        del weights["encoder.embed_tokens.weight"]
+        save_file(weights, folder / "model.safetensors")
+        (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "not_fetched.bin"}}')
     else:
         torch.save(weights, folder / "pytorch_model.bin")
     with np.load(ROOT / "tests" / "golden" / "spiece.npz") as file:
@@ -86,7 +89,8 @@ def write_t5(folder, layout="one file"):
     return encoder
 
 
-@pytest.mark.parametrize("layout", ["one file", "only shared", "only embed_tokens", "shards"])
+@pytest.mark.parametrize("layout", ["one file", "only shared", "only embed_tokens", "shards",
+                                    "safetensors"])
 def test_every_layout_of_the_public_files_loads(tmp_path, layout):
     encoder, ids = write_t5(tmp_path, layout), torch.randint(50, (2, 9))
     loaded = load_t5(tmp_path)
@@ -131,7 +135,20 @@ def test_missing_parts_of_a_t5_folder_are_named(tmp_path):
     with pytest.raises(InputError, match="holds no tokenizer"):
         pretrained_text_encoder(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
-    with pytest.raises(InputError, match="neither pytorch_model.bin"):
+    with pytest.raises(InputError, match="no pytorch_model.bin and no model.safetensors"):
+        load_t5(tmp_path)
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("config.json", b"[1]", "no readable config.json"), ("config.json", b"\xff", "no readable config.json"),
+    ("pytorch_model.bin.index.json", b'{"weight_map"', "fetch it again"),
+    ("pytorch_model.bin.index.json", b"{}", "fetch it again"),
+    ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1", "pytorch_model.bin"),
+    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "fetch it again")])
+def test_damaged_parts_of_a_t5_folder_are_named(tmp_path, file, content, message):
+    write_t5(tmp_path, "safetensors" if file == "model.safetensors" else "one file")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputError, match=message):
         load_t5(tmp_path)
 
 
@@ -198,6 +215,11 @@ def test_words_are_numbered_by_frequency_and_unknown_ones_share_an_id():
     ("part jc6640 and 12ab34", "part and"),
     ("free shipping worldwide free shipping", ""),
     ("a poster 60x90 page 12", "a poster"),
+    ("on 8.5\u00d711 paper", "on paper"),
+    ("part a1b2c3 left", "part left"),
+    ("two lines\\nof text", "two lines of text"),
+    ("red --- or --- blue", "red - or - blue"),
+    ("sale <![ now ]> red shoes", "sale red shoes"),
     ("one,two.three 3.5", "one, two. three 3.5"),
     ("'_quoted_'", "quoted"),
     ("", ""),
