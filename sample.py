@@ -31,7 +31,7 @@ EXAMPLES = ["a large red star on a navy background", "a small yellow heart on a 
 
 # Guidance and temperature where no flag gives them. Small models err less often when they dare less; a text
 # model that knows its few captions by heart is thrown off by strong guidance.
-SETTINGS = {("class", "own"): (2.5, 0.3), ("class", "released"): (4.0, 1.0),
+SETTINGS = {("class", "own"): (2.5, 0.5), ("class", "released"): (4.0, 1.0),
             ("text", "own"): (1.5, 0.6), ("text", "released"): (7.5, 1.0)}
 
 
@@ -353,7 +353,7 @@ def get_args(argv=None):
                             "released GPT 4 (with text 7.5)")
     group.add_argument("--cfg-interval", type=int, default=-1, help="i: guide tokens 0 to i+1 only; -1: all")
     group.add_argument("--temperature", type=float,
-                       help="below 1: less varied; 0: the likeliest token; if left out 0.3 (with text 0.6), "
+                       help="below 1: less varied; 0: the likeliest token; if left out 0.5 (with text 0.6), "
                             "for a released GPT 1")
     group.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
     group.add_argument("--top-p", type=float, default=1.0,
