@@ -27,178 +27,21 @@ import urllib.request
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from tokenizer import InputError, codebook_statistics, load_tokenizer, weights_hash
+from runs import (FlagParser, InputError, SharedArray, natural, pick_device, positive, rank_and_world, run,
+                  wait_for_all, weights_hash)
+from shapes import KINDS, SHAPES_COUNT, captioned_shapes, draw_shapes
+from tokenizer import (codebook_statistics, load_tokenizer, to_float, to_pictures, tokenize_in_passes)
 
 ARRAY_NAMES = ("shapes", "fashion_mnist", "mnist", "cifar10")
 CACHE = Path(os.environ.get("LLAMAGEN_CACHE", Path.home() / ".cache" / "llamagen"))
 DEBIAN = Path("/usr/share/datasets")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# shapes: ten kinds x eight colours x six backgrounds x two sizes, anywhere in the picture, lit from any side
-
-def ngon(n, start=-90, radius=1.0, x=0.0, y=0.0):
-    """The n corners of a regular polygon, (n, 2); start in degrees, -90 is straight up (y grows downwards).
-    """
-    angle = np.deg2rad(start + np.arange(n) * 360 / n)
-    return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=1)
-
-
-def star(points=5, inner=0.42):
-    return np.stack([ngon(points), ngon(points, -90 + 180 / points, inner)], axis=1).reshape(-1, 2)
-
-
-def heart():
-    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([16 * np.sin(t) ** 3, -y - 2.5], axis=1) / 16
-
-
-def cross(arm=0.34):
-    a = arm
-    return np.array([(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
-                     (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)])
-
-
-# Each kind is one outline, or an outline and a hole, in units of the shape's radius.
-KINDS = {
-    "circle": [ngon(64)],
-    "square": [ngon(4, -45, 1.15)],
-    "triangle": [ngon(3, radius=1.15, y=0.15)],
-    "diamond": [ngon(4) * (0.72, 1.1)],
-    "pentagon": [ngon(5, radius=1.05)],
-    "star": [star() * 1.15],
-    "heart": [heart() * 1.05],
-    "ring": [ngon(64), ngon(64, radius=0.5)],
-    "cross": [cross()],
-    "crescent": [ngon(64), ngon(64, radius=0.85, x=0.5)],
-}
-COLOURS = {"red": (222, 40, 44), "orange": (247, 140, 22), "yellow": (252, 222, 48), "green": (52, 178, 74),
-           "cyan": (64, 208, 232), "blue": (56, 100, 236), "purple": (150, 64, 200), "pink": (248, 132, 190)}
-BACKGROUNDS = {"black": (18, 18, 22), "white": (240, 240, 238), "gray": (122, 124, 128), "navy": (20, 28, 84),
-               "brown": (92, 54, 32), "forest": (18, 72, 46)}
-SIZES = {"small": 0.26, "large": 0.37}                           # radius as a share of the picture's side
-SHAPES_COUNT = {"train": 20_000, "test": 10_000}
-RELATIONS = ("left of", "right of", "above", "below")            # in scenes of two shapes
-SCENES_COUNT = {"train": 10_000, "test": 2_000}
-
-
-def shape_attributes(split, index, seed=0):
-    """What picture `index` of a split shows: its words and its continuous parameters, from (seed, split,
-    index) alone.
-
-    The split is part of the key of the random generator, so train and test are different streams, and two
-    pictures differ in position, light direction and light strength even where all their words agree.
-    """
-    rng = np.random.default_rng((seed, ("train", "test").index(split), index))
-    pick = lambda names: list(names)[rng.integers(len(names))]
-    item = dict(kind=pick(KINDS), colour=pick(COLOURS), background=pick(BACKGROUNDS), size=pick(SIZES))
-    item["radius"] = radius = SIZES[item["size"]]
-    item["x"], item["y"] = rng.uniform(1.2 * radius, 1 - 1.2 * radius, size=2)   # shares of the side
-    item["light_angle"], item["light_strength"] = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.12)
-    item["caption"] = "a {size} {colour} {kind} on a {background} background".format(**item)
-    return item
-
-
-def draw_shapes(split="train", start=0, n=100, size=32, seed=0):
-    """Pictures start .. start+n-1 of a split: images uint8 (n, size, size, 3) and their attributes, a list of
-    n dicts."""
-    items = [shape_attributes(split, i, seed) for i in range(start, start + n)]
-    return render(items, [items], size), items
-
-
-def render(pictures, layers, size):
-    """Draw M pictures, uint8 (M, size, size, 3): their backgrounds and light from `pictures`, a list of M
-    dicts, and on them one shape of every layer, each a list of M dicts."""
-    images = np.empty((len(pictures), size, size, 3), np.uint8)
-    axis = np.linspace(-1, 1, size, dtype=np.float32)
-    for first in range(0, len(images), 1000):         # in blocks: the float pictures need 12 times the memory
-        rows = slice(first, first + 1000)
-        column = lambda values: np.array(values, np.float32)[:, None, None]
-        pixels = column([BACKGROUNDS[item["background"]] for item in pictures[rows]])
-        for layer in layers:
-            alpha = np.stack([shape_mask(item, size) for item in layer[rows]])[..., None] / np.float32(255)
-            colour = column([COLOURS[item["colour"]] for item in layer[rows]])
-            pixels = pixels + alpha * (colour - pixels)
-        angle = column([item["light_angle"] for item in pictures[rows]])
-        strength = column([item["light_strength"] for item in pictures[rows]])
-        light = 1 + strength * (np.cos(angle) * axis[None, None] + np.sin(angle) * axis[None, :, None])
-        images[rows] = np.clip(pixels * light[..., None] + 0.5, 0, 255)
-    return images
-
-
-def shape_mask(item, size, oversample=4):
-    """How much of each pixel the shape covers, uint8 (size, size): drawn 4 times too large, then averaged."""
-    canvas = Image.new("L", (size * oversample,) * 2)
-    draw = ImageDraw.Draw(canvas)
-    scale = size * oversample
-    for outline, fill in zip(KINDS[item["kind"]], (255, 0)):
-        points = (outline * item["radius"] + (item["x"], item["y"])) * scale - 0.5
-        draw.polygon(points.ravel().tolist(), fill=fill)
-    return np.asarray(canvas.reduce(oversample))
-
-
-# For text, two shapes beside or above one another, and pairs of kind and colour that are never trained on.
-
-def scene_attributes(split, index, seed=0):
-    """What scene `index` of a split shows, as shape_attributes tells it for one shape: "shapes" are the two
-    in the caption's order, "relation" is where the first one lies."""
-    rng = np.random.default_rng((seed, 2 + ("train", "test").index(split), index))
-    pairs = [(kind, colour) for kind in KINDS for colour in COLOURS]
-    near, far = 0.27 + rng.uniform(-0.02, 0.02), 0.73 + rng.uniform(-0.02, 0.02)
-    relation = RELATIONS[rng.integers(4)]
-    along = (near, far) if relation in ("left of", "above") else (far, near)
-    across = rng.uniform(0.35, 0.65, size=2)
-    shapes = []
-    for place, a, b in zip(rng.choice(len(pairs), 2, replace=False), along, across):
-        x, y = (a, b) if relation in ("left of", "right of") else (b, a)
-        shapes.append(dict(kind=pairs[place][0], colour=pairs[place][1], radius=0.2, x=x, y=y))
-    item = dict(shapes=shapes, relation=relation, background=rng.choice(list(BACKGROUNDS)).item(),
-                light_angle=rng.uniform(0, 2 * np.pi), light_strength=rng.uniform(0.03, 0.12))
-    article = lambda word: "an" if word[0] in "aeiou" else "a"
-    first, second = (f"{article(s['colour'])} {s['colour']} {s['kind']}" for s in shapes)
-    item["caption"] = f"{first} {relation} {second} on a {item['background']} background"
-    return item
-
-
-def held_out(shape):
-    """Whether this pair of kind and colour is kept from text-conditional training: 8 of the 80, one kind of
-    each colour."""
-    return (3 * list(KINDS).index(shape["kind"]) + list(COLOURS).index(shape["colour"])) % 10 == 0
-
-
-def captioned_items(split="train", n=None, seen=True, seed=0):
-    """What the pictures of one, then those of two shapes show, dicts with their captions. seen: those without
-    a held-out pair; else only those with one. n: so many of them, evenly spread."""
-    keep = lambda item: seen != any(held_out(shape) for shape in item.get("shapes", [item]))
-    items = [shape_attributes(split, i, seed) for i in range(SHAPES_COUNT[split])]
-    items += [scene_attributes(split, i, seed) for i in range(SCENES_COUNT[split])]
-    return spread([item for item in items if keep(item)], n)
-
-
-def captioned_shapes(split="train", n=None, size=32, seen=True, seed=0):
-    """The pictures for text-conditional training: images uint8 (M, size, size, 3) and their
-    captioned_items."""
-    items = captioned_items(split, n, seen, seed)
-    singles, scenes = ([item for item in items if ("shapes" in item) == two] for two in (False, True))
-    images = [render(singles, [singles], size)]
-    images += [render(scenes, list(zip(*(item["shapes"] for item in scenes))), size)] if scenes else []
-    return np.concatenate(images), singles + scenes
-
-
-def spread(items, n):
-    """n of the items, evenly spread over the list; all if n is None or not smaller."""
-    return [items[i * len(items) // n] for i in range(n)] if n and n < len(items) else items
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -445,6 +288,11 @@ def random_crop(image, size, rng, min_share=0.8):
 # ------------------------------------------------------------------------------------------------------------
 # Data sets for training
 
+def spread(items, n):
+    """n of the items, evenly spread over the list; all if n is None or not smaller."""
+    return [items[i * len(items) // n] for i in range(n)] if n and n < len(items) else items
+
+
 def batch_indices(count, batch_size, seed, start=0):
     """Endless batches of indices, (B,): a new order every epoch, the same for the same (seed, step), so that
     a resumed run sees what an uninterrupted one would have seen. `start`: the first step."""
@@ -513,17 +361,6 @@ def to_device(tensor, device):
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def to_float(images):
-    """uint8 0 .. 255 -> float32 -1 .. 1."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images):
-    """float -1 .. 1 (B, 3, H, W) -> uint8 (B, H, W, 3): 127.5 x + 128, clamped and truncated, as the released
-    samplers do."""
-    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def split_folders(root, split):
@@ -830,152 +667,7 @@ def load_data(name, split, size=32, n=None, data_dir=None, flip=None, ranges=(),
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What every command needs
-
-def positive(kind):
-    """An argparse type: a number of this kind above zero."""
-    def parse(text):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above zero")
-        return value
-    parse.__name__ = f"positive {kind.__name__}"
-    return parse
-
-
-def natural(text):
-    """An argparse type: a whole number from 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below zero")
-    return value
-
-
-def share(text):
-    """An argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def flag_parser(description):
-    """An ArgumentParser that answers a wrong flag with two lines instead of with all flags there are."""
-    return argparse.ArgumentParser(description=description, usage="%(prog)s [flags]; --help explains them",
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def pick_device(name):
-    """The device asked for, or the best one present; under torchrun, each process its own GPU."""
-    local = os.environ.get("LOCAL_RANK", "0")
-    best = "mps" if torch.backends.mps.is_available() else "cpu"
-    best = f"cuda:{local}" if torch.cuda.is_available() else best
-    try:
-        device = torch.device(name or best)
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"--device {name}: not usable here ({reason}); {best} is") from None
-
-
-def run(main, get_args):
-    """Run a command; what the user can mend is told in one line, with exit status 1."""
-    try:
-        main(get_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:                          # no such folder, no permission, disk full
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Long jobs: several processes fill one array on disk, and being killed loses nothing
-
-def rank_and_world():
-    """Which of how many processes this is, as torchrun tells it; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def wait_for_all():
-    """Under torchrun: go on when every process has come this far."""
-    if rank_and_world()[1] > 1:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=7))   # the slowest may be hours behind
-        dist.barrier()
-
-
-class SharedArray:
-    """A .npy file that one or several processes fill unit by unit; what is filled survives a kill.
-
-    key    names everything that the rows depend on: an earlier try is continued only if it had the same key
-    units  how many pieces the work has; if left out, every row is one
-    mine   the numbers of the units that this process has to fill, evenly shared out
-    rows   the array; write the rows of a unit, then mark done[unit] as DONE; where every row is a unit also
-           as SKIPPED, to leave it out
-    """
-    DONE, SKIPPED = 1, 2
-
-    def __init__(self, path, shape, dtype, key, units=None):
-        rank, world = rank_and_world()
-        self.path = Path(path)
-        self.partial = self.path.with_name(f"{self.path.name}.{key}.partial")
-        self.flags = self.path.with_name(f"{self.path.name}.{key}.done")
-        if rank == 0 and not (self.flags.exists() and self.partial.exists()):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(self.partial, mode="w+", dtype=dtype, shape=shape)
-            started = self.flags.with_suffix(".new")             # renamed last: with flags, there are rows
-            np.save(open(started, "wb"), np.zeros(units or shape[0], np.uint8))
-            started.replace(self.flags)
-        wait_for_all()
-        self.rows, self.done = (np.load(name, mmap_mode="r+") for name in (self.partial, self.flags))
-        self.mine = np.array_split(np.flatnonzero(self.done == 0), world)[rank]
-        wait_for_all()                                           # all know their share before anyone works
-
-    def skipped(self):
-        """The numbers of the skipped units, once all processes are done."""
-        wait_for_all()
-        return np.flatnonzero(self.done == self.SKIPPED)
-
-    def finish(self):
-        """Give the file its name once all processes are done."""
-        skipped = self.skipped()
-        if rank_and_world()[0] == 0:
-            if len(skipped):                                     # close the gaps, a block of rows at a time
-                kept = np.flatnonzero(self.done == self.DONE)
-                dense = self.partial.with_suffix(".dense")
-                rows = np.lib.format.open_memmap(dense, mode="w+", dtype=self.rows.dtype,
-                                                 shape=(len(kept), *self.rows.shape[1:]))
-                for i in range(0, len(kept), 10_000):
-                    rows[i:i + 10_000] = self.rows[kept[i:i + 10_000]]
-                dense.replace(self.path)
-                self.partial.unlink()
-            else:
-                self.partial.replace(self.path)
-            self.flags.unlink()
-        wait_for_all()
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Codes: every picture as tokens, computed once
-
-PASS = 32                    # pictures in one pass of the tokenizer: always as many, see `tokenize_in_passes`
-
-
-def tokenize_in_passes(vq, images, device):
-    """Tokens (M, N) of images uint8 (M, 3, H, W), PASS pictures at a time, the last pass filled with black.
-
-    Sums round differently in batches of another size, and one time in a million that tips a token over to its
-    neighbour. Passes of one size make the tokens independent of how the pictures were grouped.
-    """
-    tokens = []
-    for block in images.split(PASS):
-        filled = F.pad(block, (0, 0, 0, 0, 0, 0, 0, PASS - len(block)))
-        tokens.append(vq.tokenize(to_float(filled.to(device)))[:len(block)])
-    return torch.cat(tokens)
-
 
 @torch.inference_mode()
 def extract_codes(vq, vq_hash, data, folder, device, batch_size=32):
@@ -1009,11 +701,11 @@ def extract_codes(vq, vq_hash, data, folder, device, batch_size=32):
     skipped = codes.skipped()
     if rank_and_world()[0] == 0:
         data.warn(skipped)
-        np.save(folder / "labels.npy", np.delete(data.labels.numpy(), skipped))
+        labels = data.labels.numpy().copy()
+        labels[skipped] = -1
+        np.save(folder / "labels.npy", labels)
         if data.captions:
-            left_out = set(skipped.tolist())
-            captions = [texts for i, texts in enumerate(data.captions) if i not in left_out]
-            (folder / "captions.json").write_text(json.dumps(captions))
+            (folder / "captions.json").write_text(json.dumps(data.captions))
         about = dict(key=key, vq_hash=vq_hash, data=data.arguments, class_names=data.class_names,
                      skipped=skipped.tolist())
         (folder / "about.new").write_text(json.dumps(about))
@@ -1112,14 +804,12 @@ def check_codes(folder, vq, vq_hash, device, path, count=8):
           f"{len(about['class_names'])} classes, {len(about['skipped'])} pictures skipped")
     print(f"{usage:.1%} of {len(counts):,} codebook entries used; entropy {math.log2(perplexity):.2f} of at "
           f"most {math.log2(len(counts)):.2f} bits per token")
-    rows = np.linspace(0, len(codes) - 1, min(count, len(codes))).astype(int)
+    rows = np.array(spread(np.flatnonzero(labels >= 0).tolist(), count))
     crops = np.arange(len(rows)) % codes.shape[1]                # another crop of every picture shown
-    sources = np.delete(np.arange(len(data)), about["skipped"])[rows].tolist()
-    images, _ = next(iter(data.take([sources])))
+    images, _ = next(iter(data.take([rows.tolist()])))
     images = images[torch.arange(len(rows)), torch.from_numpy(crops)].permute(0, 2, 3, 1).numpy()
-    with torch.inference_mode():
-        tokens = torch.from_numpy(codes[rows, crops].astype(np.int64)).to(device)
-        decoded = to_uint8(vq.detokenize(tokens)).cpu().numpy()
+    tokens = torch.from_numpy(codes[rows, crops].astype(np.int64)).to(device)
+    decoded = to_pictures(vq, tokens).cpu().numpy()
     mse = np.square(images.astype(float) - decoded).mean(axis=(1, 2, 3))
     psnr = 10 * np.log10(255 ** 2 / mse.clip(1e-4))
     print(f"PSNR of the {len(rows)} pictures drawn: {psnr.mean():.2f} dB")
@@ -1127,8 +817,8 @@ def check_codes(folder, vq, vq_hash, device, path, count=8):
 
 
 def get_args(argv=None):
-    parser = flag_parser(__doc__)
-    commands = parser.add_subparsers(dest="command")
+    parser = FlagParser(__file__, __doc__)
+    commands = parser.add_subparsers(dest="command", parser_class=argparse.ArgumentParser)
     draw = commands.add_parser("draw", help="draw 40 pictures of the default data set (the default)")
     draw.add_argument("--out", default="out/shapes.png", help="the PNG")
     extract = commands.add_parser("extract", help="tokenize a data set once, for train_gpt.py --codes")

@@ -412,32 +412,6 @@ class AttributeReader(Classifier):
         return [list(words).index(word) if word else -100 for word, words in zip(found, cls.HEADS.values())]
 
 
-def in_reading_order(item):
-    """The shapes of a picture: the only one, or the left or upper one first."""
-    shapes = item.get("shapes", [item])
-    return shapes[::-1] if item.get("relation") in ("right of", "below") else shapes
-
-
-SHAPE = r"an? (?:(?P<size{0}>small|large) )?(?P<colour{0}>\w+) (?P<kind{0}>\w+)"
-CAPTION = re.compile(f"{SHAPE.format(0)}(?: (?P<relation>{'|'.join(RELATIONS)}) {SHAPE.format(1)})?"
-                     r" on a (?P<background>\w+) background")
-
-
-def parse_caption(caption):
-    """The attributes that a caption of `shapes` names: the inverse of its making in data.py."""
-    match = CAPTION.fullmatch(caption)
-    known = {"kind0": KINDS, "kind1": KINDS, "colour0": COLOURS, "colour1": COLOURS,
-             "background": BACKGROUNDS}
-    if not match or any(match[name] not in (*words, None) for name, words in known.items()):
-        raise InputError(f'"{caption}" is not a caption of shapes, such as "a large red star on a navy '
-                         'background" or "a red circle left of a blue square on a white background"')
-    first, second = ({"kind": match[f"kind{i}"], "colour": match[f"colour{i}"]} for i in (0, 1))
-    item = {"background": match["background"]}
-    if match["relation"]:
-        return item | {"shapes": [first, second], "relation": match["relation"]}
-    return item | first | {"size": match["size0"]}
-
-
 @functools.cache
 def train_reader(device, side):
     """An AttributeReader for pictures of `side` pixels: of one and of two shapes, in all combinations."""

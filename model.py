@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tokenizer import InputError, build, read_checkpoint
+from runs import InputError, build, read_checkpoint
 
 
 @dataclass

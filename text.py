@@ -26,8 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import SharedArray
-from tokenizer import InputError, build, read_checkpoint, weights_hash
+from runs import InputError, SharedArray, build, read_checkpoint, short_hash, weights_hash
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -8,21 +8,15 @@ Paper:  LlamaGen (arXiv 2406.06525) section 2.1; VQ-VAE eq. 3 (van den Oord 2017
         l2-normalised, low-dimensional codes: ViT-VQGAN (Yu 2022).
 Run:    python tokenizer.py          # the shapes of one pass through VQ-tiny
 """
-import argparse
-import hashlib
 import math
-import pickle
-import zipfile
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
-
-class InputError(ValueError):
-    """The user gave something unusable. The message says what and what to do; commands print it as one line.
-    """
+from runs import InputError, build, read_checkpoint
 
 
 @dataclass
@@ -72,7 +66,7 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
-        nn.init.zeros_(self.conv2.weight)                 # start as the identity: colours pass from the first
+        nn.init.zeros_(self.conv2.weight)        # f starts as a constant: x, with its colours, gets through
 
     def forward(self, x):                                        # x    (B, D, h, w)
         y = self.conv1(F.silu(self.norm1(x)))                    # swish(x) = x sigmoid(x) = silu(x)
@@ -95,8 +89,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):                                        # x    (B, D, h, w)
         y = self.norm(x)
-        rows = lambda t: t.flatten(2).transpose(1, 2)           # (B, D, h, w) -> (B, N, D), what SDPA expects
-        y = F.scaled_dot_product_attention(rows(self.q(y)), rows(self.k(y)), rows(self.v(y)))
+        flat = lambda t: t.flatten(2).transpose(1, 2)           # (B, D, h, w) -> (B, N, D), what SDPA expects
+        y = F.scaled_dot_product_attention(flat(self.q(y)), flat(self.k(y)), flat(self.v(y)))
         return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
 
 
@@ -123,8 +117,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """All blocks at one resolution: residual blocks, each followed by attention if asked for, then a resize.
-    """
+    """All blocks at one resolution: residual ones, each followed by attention if asked for, then a resize."""
 
     def __init__(self, config, c_in, c_out, attention, resize, n_blocks):
         super().__init__()
@@ -305,62 +298,6 @@ class VQModel(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def read_checkpoint(path, mmap=False):
-    """Read a .pt file into a dict with at least "model" (a state dict). Never runs code hidden in the file.
-
-    Reads this project's checkpoints and the released files, whose weights are under "model" (beside an
-    `argparse.Namespace`), under "module" (DeepSpeed), under "state_dict", or bare (FSDP).
-
-    mmap: leave the tensors on disk until they are used, which saves their size in memory; copy what you keep.
-    """
-    try:
-        # weights_only refuses every class but tensors and plain containers. Namespace is a bag of flags.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            mmap = mmap and zipfile.is_zipfile(path)     # files from before torch 1.6 cannot be mapped
-            file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: train it first, or pass the right path") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder: pass the .pt file in it") from None
-    except pickle.UnpicklingError:
-        raise InputError(f"{path} is not a checkpoint of weights only, and nothing of it was run: "
-                         "it holds pickled code, or is no PyTorch file at all") from None
-    except Exception as error:           # torch.load raises almost anything on a damaged or foreign file
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{path} cannot be read as a PyTorch checkpoint ({reason})") from None
-    is_weights = lambda d: isinstance(d, dict) and d and all(isinstance(v, torch.Tensor) for v in d.values())
-    for key in ("model", "module", "state_dict"):
-        if isinstance(file, dict) and is_weights(file.get(key)):
-            return {**file, "model": file[key]}
-    if is_weights(file):
-        return {"model": file}
-    raise InputError(f"{path} holds no weights: expected a state dict, or one under model, module or "
-                     f"state_dict")
-
-
-def fill_weights(model, weights, path, assign=False):
-    """Put `weights` into `model`, copied or taken over as they are (assign); names and shapes have to fit."""
-    try:
-        model.load_state_dict(weights, strict=True, assign=assign)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise InputError(f"{path} does not fit this model: {lines[0]}" +
-                         (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")) from None
-    return model
-
-
-def build(model_class, config, weights, path, device, dtype):
-    """model_class(config) in eval mode with these weights, on the device in the dtype asked for.
-
-    The model is made without memory (on the meta device) and takes over copies of the weights, one tensor at
-    a time: with memory-mapped weights no more than the finished model is ever held.
-    """
-    with torch.device("meta"):
-        model = model_class(config)
-    copies = {name: w.to(device=device, dtype=dtype, copy=True) for name, w in weights.items()}
-    return fill_weights(model, copies, path, assign=True).to(device).eval()
-
-
 def infer_vq_config(weights, path):
     """The configuration of a released tokenizer, read off the shapes of its tensors."""
     try:
@@ -392,6 +329,59 @@ def load_tokenizer(path, device="cpu"):
     return vq.to(memory_format=torch.channels_last)              # faster convolutions, on CPUs too
 
 
+# ------------------------------------------------------------------------------------------------------------
+# From pixels to pixels: many pictures at a time, and how well they come back
+
+def to_float(images):
+    """uint8 0 .. 255 -> float32 -1 .. 1."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float -1 .. 1 (B, 3, H, W) -> uint8 (B, H, W, 3): 127.5 x + 128, clamped and truncated, as the released
+    samplers do."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def pass_size(H, W):
+    """How many pictures go through a network at once: about a million pixels. In VQ-16, 128 channels wide at
+    full resolution, an activation then takes half a GB, whatever the pictures' size. (More than 32 at once
+    are no faster, not even small ones on a CPU.)"""
+    return max(1, min(32, 2 ** 20 // (H * W)))
+
+
+def tokenize_in_passes(vq, images, device):
+    """Tokens (M, N) of images uint8 (M, 3, H, W), pass by pass, the last one filled up with black.
+
+    Sums round differently in batches of another size, and one time in a million that tips a token over to its
+    neighbour. Passes of one size make the tokens independent of how the pictures were grouped.
+    """
+    tokens, size = [], pass_size(*images.shape[-2:])
+    for block in images.split(size):
+        filled = F.pad(block, (0, 0, 0, 0, 0, 0, 0, size - len(block)))
+        tokens.append(vq.tokenize(to_float(filled.to(device)))[:len(block)])
+    return torch.cat(tokens)
+
+
+@torch.inference_mode()
+def to_pictures(vq, tokens, side=None):
+    """Tokens (M, N) -> uint8 (M, H, W, 3), pass by pass. side: resized to it before they are rounded to whole
+    numbers, bicubic without antialiasing, as the paper's samples at 384 pixels were brought to 256."""
+    pictures, H = [], math.isqrt(tokens.shape[1]) * vq.config.downsample
+    for block in tokens.split(pass_size(H, H)):
+        images = vq.detokenize(block).float()                    # (B, 3, H, W), about -1 .. 1
+        if side:
+            images = F.interpolate(images, size=(side, side), mode="bicubic")
+        pictures.append(to_uint8(images))
+    return torch.cat(pictures)
+
+
+def peak_signal_to_noise(a, b):
+    """PSNR = 10 log10(255^2 / mean (a - b)^2) in dB, (B,), of images uint8 (B, 3, H, W)."""
+    mse = (a.float() - b.float()).square().mean(dim=(1, 2, 3)).clamp(min=1e-4)
+    return 10 * (255 ** 2 / mse).log10()
+
+
 def codebook_statistics(counts):
     """From how often each entry was used, (V,): the share of entries used at all, and the perplexity exp(H),
     H = -sum p ln p: so many equally popular entries would be as varied."""
@@ -400,12 +390,26 @@ def codebook_statistics(counts):
     return (counts > 0).double().mean().item(), (-(p * p.log()).sum()).exp().item()
 
 
-def weights_hash(model):
-    """A short name for exactly these weights: a GPT remembers which tokenizer its tokens came from."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+@torch.inference_mode()
+def evaluate(vq, data, device, batch_size, also=None):
+    """PSNR (dB, mean over the pictures of a data set), share of the codebook in use and its perplexity.
+
+    also: a function that is called with each batch of pictures and their reconstructions, uint8 (B, 3, H, W),
+    to measure more on the way.
+    """
+    counts = torch.zeros(vq.config.codebook_size, device=device)
+    psnr = []
+    with tqdm(total=len(data), desc="reconstructing", unit=" images") as bar:
+        for images, _ in data.passes(batch_size):
+            images = images[:, 0].to(device)                     # the first crop is the centre
+            tokens = tokenize_in_passes(vq, images, device)      # (B, N)
+            recon = to_pictures(vq, tokens).permute(0, 3, 1, 2)
+            psnr.append(peak_signal_to_noise(images, recon))
+            counts += torch.bincount(tokens.flatten(), minlength=len(counts))
+            if also:
+                also(images, recon)
+            bar.update(len(images))
+    return torch.cat(psnr).mean().item(), *codebook_statistics(counts)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,455 @@
+"""What a run needs, whatever it trains, draws or measures. Nothing about pictures or networks is in here.
+
+    errors -> flags -> device and processes -> long jobs -> precision -> schedule -> progress -> checkpoints
+
+The sections stand in the order in which a run comes to them. Every command ends in `run(main, get_args)`.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Errors: what the user can mend is one clear line; everything else is a bug and keeps its traceback
+
+class InputError(ValueError):
+    """The user gave something unusable. The message says what and what to do; commands print it as one line.
+    """
+
+
+@contextmanager
+def explained(what, cure="", kinds=Exception):
+    """Turn whatever the block raises into one line: "what (reason): cure". InputErrors pass as they are.
+
+    Readers of foreign files raise almost anything; kinds: which errors mean that the input is at fault.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputError(f"{what} ({reason})" + (f": {cure}" if cure else "")) from None
+
+
+def run(main, get_args):
+    """Run a command; what the user can mend is told in one line, with exit status 1."""
+    try:
+        main(get_args())
+    except (InputError, OSError) as error:       # OSError: no such folder, no permission, disk full
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags
+
+def number(kind, words, fits):
+    """An argparse type: a finite number of this kind for which fits(number) holds; words describe those."""
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and fits(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+    parse.__name__ = kind.__name__                       # argparse: "invalid float value: 'x'"
+    return parse
+
+
+natural = number(int, "0 or more", lambda n: n >= 0)
+counting = number(int, "above zero", lambda n: n > 0)
+positive = number(float, "above zero", lambda x: x > 0)
+not_negative = number(float, "0 or more", lambda x: x >= 0)
+finite = number(float, "a finite number", lambda x: True)
+share = number(float, "between 0 and 1", lambda x: 0 <= x <= 1)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Answers a wrong flag with two lines instead of with all flags there are, and remembers what was typed.
+
+    args.command_line gives these flags again. (sys.argv does not: in a notebook, whose cells call
+    main(get_args([...])), it holds the flags of the kernel.)
+    """
+
+    def __init__(self, file, doc):
+        super().__init__(prog=Path(file).name, description=doc, usage="%(prog)s [flags]; --help explains them",
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, argv=None):
+        argv = sys.argv[1:] if argv is None else list(argv)
+        args = super().parse_args(argv)
+        args.command_line = shlex.join(["python", self.prog, *argv])
+        return args
+
+
+def add_device_flag(group):
+    group.add_argument("--device", help="cuda, mps or cpu; the best one present if left out")
+
+
+def add_training_flags(parser, out, minutes):
+    """The flags that train_vq.py and train_gpt.py share. out, minutes: each script's own defaults."""
+    group = parser.add_argument_group("data and files")
+    group.add_argument("--data", default="shapes", help="shapes, fashion_mnist, mnist, cifar10; a folder of "
+                       "pictures; a .jsonl; a .tar or a folder of them")
+    group.add_argument("--data-dir", help="where to look for the data set's files first")
+    group.add_argument("--limit", type=counting, help="use only so many pictures of each split")
+    group.add_argument("--cond", default="class", choices=("class", "text"),
+                       help="what the pictures come with: their class or a caption. Of shapes, text adds scenes "
+                            "of two, which the tokenizer has to have seen as well")
+    group.add_argument("--out", default=out, help="the checkpoint; its log and preview are written beside it")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    group = parser.add_argument_group("how long and where")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=positive, default=minutes,
+                        help="train this long, the learning rate fitted to it")
+    length.add_argument("--steps", type=counting, help="train for this many steps instead")
+    add_device_flag(group)
+    group.add_argument("--seed", type=natural, default=0,
+                       help="of the weights, the order of the data and the dropout")
+    group.add_argument("--compile", action="store_true",
+                       help="torch.compile the forward and backward pass: slow start, faster steps")
+    group.add_argument("--eval-every", type=counting, default=500,
+                       help="steps between preview and checkpoint")
+    group.add_argument("--log-every", type=counting, default=20, help="steps between lines of the log")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Device and processes
+
+def pick_device(name):
+    """The device asked for, or the best one present; under torchrun, each process its own GPU."""
+    local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    best = local if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with explained(f"--device {name} is not usable here", f"use {best}", (RuntimeError, AssertionError)):
+        device = torch.device(local if name == "cuda" else name or best)
+        torch.zeros(1, device=device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                    # for what asks for "the" GPU, such as random states
+    return device
+
+
+def rank_and_world():
+    """Which of how many processes this is, as torchrun tells it; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait_for_all():
+    """Under torchrun: go on when every process has come this far."""
+    if rank_and_world()[1] > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=7))   # the slowest may be hours behind
+        dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Long jobs: being killed loses nothing
+
+def short_hash(parts):
+    """16 hex digits that name these parts, one after another: bytes as they are, all else by its repr."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def whole_file(path):
+    """with whole_file(path) as partial: write to `partial`. Only when the block has ended well does the file
+    get its name, so a kill leaves the old file or the new one, never half of one."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class SharedArray:
+    """A .npy file that one or several processes fill unit by unit; what is filled survives a kill.
+
+    key    names everything that the rows depend on: an earlier try is continued only if it had the same key
+    units  how many pieces the work has; if left out, each row is one
+    mine   the numbers of the units that this process has to fill, evenly shared out
+    rows   the array; write the rows of a unit, then mark done[unit] as DONE or, if it has none, as SKIPPED
+    """
+    DONE, SKIPPED = 1, 2
+
+    def __init__(self, path, shape, dtype, key, units=None):
+        rank, world = rank_and_world()
+        self.path = Path(path)
+        self.partial = self.path.with_name(f"{self.path.name}.{key}.partial")
+        self.flags = self.path.with_name(f"{self.path.name}.{key}.done")
+        if rank == 0 and not (self.flags.exists() and self.partial.exists()):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(self.partial, mode="w+", dtype=dtype, shape=shape)
+            with whole_file(self.flags) as name, open(name, "wb") as file:   # last: with flags, there are rows
+                np.save(file, np.zeros(units or shape[0], np.uint8))
+        wait_for_all()
+        self.rows, self.done = (np.load(name, mmap_mode="r+") for name in (self.partial, self.flags))
+        self.mine = np.array_split(np.flatnonzero(self.done == 0), world)[rank]
+        wait_for_all()                                           # all know their share before anyone works
+
+    def finish(self):
+        """Give the file its name once all processes are done."""
+        wait_for_all()
+        if rank_and_world()[0] == 0:
+            self.partial.replace(self.path)
+            self.flags.unlink()
+        wait_for_all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Precision
+
+def fast_dtype(device):
+    """bf16 where the hardware multiplies it: CUDA cards from Ampere on, CPUs with AMX or AVX-512 BF16 (a step
+    of the tiny GPT takes 0.7 of its time in float32 there). Else float32: older cards only emulate bf16,
+    slowly, and with their float16 small gradients would vanish unless the loss is scaled."""
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    fast = (able.get("amx_bf16", False) or able.get("avx512_bf16", False) or
+            device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def mixed_precision(device):
+    """Matrix products in fast_dtype, weights in float32."""
+    half = fast_dtype(device) == torch.bfloat16
+    # On the CPU, PyTorch's fused attention goes backward 4 times slower in bf16 than in float32, and 2 times
+    # slower than the plain formula, which SDPBackend.MATH selects.
+    attention = sdpa_kernel(SDPBackend.MATH) if half and device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=half), attention:
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Schedule
+
+def learning_rate(peak, step, progress, warmup, final=0.02):
+    """Warm-up by steps, then a cosine over `progress` (0 at the start, 1 at the end) down to final * peak."""
+    if step < warmup:                                            # 1. linear warm-up
+        return peak * (step + 1) / warmup
+    # 2. cosine decay; final = 1 keeps it constant
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return peak * (final + (1 - final) * cosine)
+
+
+@torch.no_grad()
+def update_ema(average, model, decay, step):
+    """average <- d average + (1 - d) model. d grows to `decay`: with it from the start, the average would
+    remember the random first weights for 1 / (1 - decay) steps."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - d)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Progress: clock, bar, log and saves of a training run
+
+class Progress:
+    """Where a run stands. state: the checkpoint it goes on from, or None for a fresh run.
+
+        with Progress(args, device, state) as progress:
+            while progress.running():
+                ...                                              # one step
+                progress.count({"loss": loss, "grad_norm": norm})
+
+    Ctrl-C only raises a flag: the step in progress is finished, so what is saved is a whole state. The log is
+    NAME.jsonl beside the checkpoint NAME.pt, one JSON object a line. A fresh run writes NAME.new.jsonl until
+    its first save: only then do the log and the checkpoint that were there become NAME.previous.
+    """
+
+    def __init__(self, args, device, state):
+        self.args, self.device, self.fresh, self.interrupted = args, device, state is None, False
+        self.step, seconds = (0, 0.0) if self.fresh else (state["step"], state["seconds"])
+        if state:
+            torch.set_rng_state(state["random"]["cpu"])
+            if device.type in ("cuda", "mps") and device.type in state["random"]:
+                getattr(torch, device.type).set_rng_state(state["random"][device.type])
+        self.log_path = Path(args.out).with_suffix(".jsonl")
+        self.new_log = self.log_path.with_suffix(".new.jsonl")
+        self.new_log.unlink(missing_ok=True)
+        self.started = time.perf_counter() - seconds
+        self.begin_stretch()
+
+    def __enter__(self):
+        self.handler = signal.signal(signal.SIGINT, self.interrupt)
+        self.bar = tqdm(total=self.args.steps, initial=self.step, unit=" steps")
+        return self
+
+    def __exit__(self, kind, *_):
+        signal.signal(signal.SIGINT, self.handler)
+        self.bar.close()
+        if kind is None and self.interrupted:
+            command = self.args.command_line.removesuffix(" --resume")
+            sys.exit(f"interrupted; all is saved. Go on with: {command} --resume")
+
+    def interrupt(self, *_):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.handler)               # a second Ctrl-C stops at once
+
+    def seconds(self):
+        return time.perf_counter() - self.started
+
+    def fraction(self):
+        """0 at the start, 1 at the end, by steps or by minutes."""
+        return self.step / self.args.steps if self.args.steps else self.seconds() / (60 * self.args.minutes)
+
+    def running(self):
+        return not self.interrupted and self.fraction() < 1
+
+    def begin_stretch(self):
+        """From here on numbers are added up, until `means` asks for them."""
+        self.since, self.since_seconds, self.sums = self.step, self.seconds(), {}
+        self.good = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def count(self, numbers):
+        """A step is over; numbers: what it measured, a dict of scalar tensors. They are added up where they
+        are, so that nothing waits for the device."""
+        for name, value in numbers.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        if self.args.compile and self.bar.n == self.bar.initial:
+            self.started += self.seconds() - self.since_seconds  # compiling is not training
+        # A sum that is NaN or infinite stays so: this counts the steps before the first bad one.
+        self.good += torch.stack(list(self.sums.values())).isfinite().all()
+        self.step += 1
+        self.bar.update()
+
+    def check(self):
+        """End the run if its numbers are no longer finite, before anything uses them or is saved."""
+        bad = self.since + int(self.good) + 1
+        if bad <= self.step:
+            raise InputError(f"step {bad}: the loss or its gradient is NaN or infinite, so the run ends here and "
+                             f"{self.args.out} stays as it was last saved. Try a lower --lr")
+
+    def means(self):
+        """The mean of each number since the last call, as floats, and the steps per second. Apart from
+        evaluating and saving, this is where the CPU waits for the device."""
+        self.check()
+        steps = self.step - self.since
+        values = (torch.stack(list(self.sums.values())) / steps).tolist()
+        means = dict(zip(self.sums, values), steps_per_second=steps / (self.seconds() - self.since_seconds))
+        self.begin_stretch()
+        return means
+
+    def log(self, **values):
+        """Add a line to the log: step, seconds and these."""
+        values = {"step": self.step, "seconds": self.seconds(), **values}
+        rounded = {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in values.items()}
+        with open(self.new_log if self.fresh else self.log_path, "a") as file:
+            print(json.dumps(rounded), file=file)
+
+    def save(self, **contents):
+        """Write the checkpoint: contents, and what else it takes to go on from here."""
+        self.check()
+        path, random = Path(self.args.out), {"cpu": torch.get_rng_state()}
+        if self.device.type in ("cuda", "mps"):
+            random[self.device.type] = getattr(torch, self.device.type).get_rng_state()
+        if self.fresh and path.exists():
+            with whole_file(path.with_suffix(".previous.pt")) as partial:
+                shutil.copyfile(path, partial)          # a copy: at no moment is there none of that name
+        with whole_file(path) as partial:
+            torch.save(dict(contents, step=self.step, seconds=self.seconds(), random=random,
+                            args=vars(self.args)), partial)
+        if self.fresh:
+            for old, new in ((self.log_path, self.log_path.with_suffix(".previous.jsonl")),
+                             (self.new_log, self.log_path)):
+                if old.exists():
+                    old.replace(new)
+        self.fresh = False
+
+
+# Only these flags may change between a run and its resume: they say how long, where and how fast it runs and
+# what is shown on the way, not what is learnt. (A tokenizer is known by the hash of its weights.)
+MAY_CHANGE = {"command_line", "out", "resume", "minutes", "steps", "device", "compile", "eval_every",
+              "log_every", "data_dir", "vq", "vgg", "lpips", "live_features", "cfg_scale", "temperature"}
+
+
+def resume_state(args, *needed):
+    """The checkpoint in --out with everything needed to go on, or None for a fresh run. `needed`: entries
+    that only this script's checkpoints have. InputError names the flag that differs from that run's."""
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        return None
+    state = read_checkpoint(args.out)
+    if not {"config", "optimizer", "raw", "random", *needed} <= state.keys():
+        raise InputError(f"{args.out} has no complete state to go on from: it was not written by this script")
+    for name, now in vars(args).items():
+        before = state["args"].get(name, now)            # missing: a flag that is newer than the checkpoint
+        if now != before and name not in MAY_CHANGE:
+            raise InputError(f"{args.out} was trained with other settings, --{name.replace('_', '-')} {before} "
+                             f"instead of {now}: resume with that run's flags")
+    return state
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Weights from files
+
+def read_checkpoint(path, mmap=False):
+    """Read a .pt file into a dict with at least "model" (a state dict). Never runs code hidden in the file.
+
+    Reads this project's checkpoints and the released files, whose weights are under "model" (beside an
+    `argparse.Namespace`), under "module" (DeepSpeed), under "state_dict", or bare (FSDP).
+
+    mmap: leave the tensors on disk until they are used, which saves their size in memory; copy what you keep.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path} is a folder: pass the .pt file in it" if Path(path).is_dir() else
+                         f"{path} does not exist: train it first, or pass the right path")
+    with explained(f"{path} cannot be read as a checkpoint of plain weights, and nothing in it was run"):
+        # weights_only refuses every class but tensors and plain containers. Namespace is a bag of flags.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            mmap = mmap and zipfile.is_zipfile(path)     # files from before torch 1.6 cannot be mapped
+            file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    file = file if isinstance(file, dict) else {}
+    for weights in (file.get("model"), file.get("module"), file.get("state_dict"), file):
+        if isinstance(weights, dict) and weights and all(isinstance(w, torch.Tensor) for w in weights.values()):
+            return {**({} if weights is file else file), "model": weights}
+    raise InputError(f"{path} holds no weights: expected a state dict, or one under model, module or "
+                     f"state_dict")
+
+
+def fill_weights(model, weights, path, assign=False):
+    """Put `weights` into `model`, copied or taken over as they are (assign); names and shapes have to fit."""
+    try:
+        model.load_state_dict(weights, strict=True, assign=assign)
+    except RuntimeError as error:
+        first, *others = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" (and {len(others)} more)" if others else ""
+        raise InputError(f"{path} does not fit this model: {first}{more}") from None
+    return model
+
+
+def build(model_class, config, weights, path, device, dtype):
+    """model_class(config) in eval mode with these weights, on the device in the dtype asked for.
+
+    The model is made without memory (on the meta device) and takes over copies of the weights, one tensor at
+    a time: with memory-mapped weights no more than the finished model is ever held.
+    """
+    with torch.device("meta"):
+        model = model_class(config)
+    copies = {name: w.to(device=device, dtype=dtype, copy=True) for name, w in weights.items()}
+    return fill_weights(model, copies, path, assign=True).to(device).eval()
+
+
+def weights_hash(model):
+    """A short name for exactly these weights: a GPT remembers which tokenizer its tokens came from."""
+    return short_hash(name.encode() + weight.detach().float().cpu().numpy().tobytes()
+                      for name, weight in sorted(model.state_dict().items()))
