@@ -34,7 +34,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from runs import (FlagParser, InputError, SharedArray, natural, pick_device, positive, rank_and_world, run,
+from runs import (FlagParser, InputError, SharedArray, counting, pick_device, rank_and_world, run,
                   wait_for_all, weights_hash)
 from shapes import KINDS, SHAPES_COUNT, captioned_shapes, draw_shapes
 from tokenizer import (codebook_statistics, load_tokenizer, to_float, to_pictures, tokenize_in_passes)
@@ -825,21 +825,22 @@ def get_args(argv=None):
     extract.add_argument("--data", required=True, help=f"{', '.join(ARRAY_NAMES)}, or a folder of pictures")
     extract.add_argument("--data-dir", help="where to look for the data set's files first")
     extract.add_argument("--out", required=True, help="folder of the codes; train/ and test/ are made in it")
-    extract.add_argument("--captions", action="store_true", help="only pictures with captions, and those too")
+    extract.add_argument("--cond", default="class", choices=("class", "text"),
+                         help="what comes with a picture: its class or a caption")
     extract.add_argument("--splits", nargs="+", default=["train", "test"], choices=["train", "test"],
                          help="which parts of the data set")
-    extract.add_argument("--image-size", type=positive(int), default=32, help="side of a crop in pixels")
+    extract.add_argument("--image-size", type=counting, default=32, help="side of a crop in pixels")
     extract.add_argument("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
                          help="ten crops of the centre crop at RANGE times the size, for each RANGE: "
                               "1.1 1.05; if left out, the centre crop and its mirror image")
-    extract.add_argument("--limit", type=positive(int), help="only so many pictures of each split")
-    extract.add_argument("--batch-size", type=positive(int), default=32,
+    extract.add_argument("--limit", type=counting, help="only so many pictures of each split")
+    extract.add_argument("--batch-size", type=counting, default=32,
                          help="pictures read at a time; does not change the codes")
     emoji = commands.add_parser("emoji", help="draw a colour font as a folder of captioned pictures")
     emoji.add_argument("--font", default="/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
                        help="the font's file; the default is that of Debian's fonts-noto-color-emoji")
     emoji.add_argument("--out", default="out/emoji", help="the folder")
-    emoji.add_argument("--image-size", type=positive(int), default=32, help="side of a picture in pixels")
+    emoji.add_argument("--image-size", type=counting, default=32, help="side of a picture in pixels")
     check = commands.add_parser("check", help="decode a few codes beside their source pictures")
     check.add_argument("codes", help="a folder that extract wrote, such as codes/train")
     check.add_argument("--out", default="out/check.png", help="the PNG")
@@ -876,7 +877,7 @@ def main(args):
                          f"pixels that {args.vq} makes one token of")
     for split in args.splits:
         data = load_data(args.data, split, args.image_size, args.limit, args.data_dir, ranges=args.ten_crop,
-                         captioned=args.captions)
+                         captioned=args.cond == "text")
         extract_codes(vq, vq_hash, data, Path(args.out) / split, device, args.batch_size)
         codes, labels, _ = read_codes(Path(args.out) / split)
         if rank_and_world()[0] == 0:

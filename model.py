@@ -37,16 +37,19 @@ class GPTConfig:
     drop_path: float = 0.0           # stochastic depth: the last layer is skipped this often, the first never
 
     def __post_init__(self):
-        if math.isqrt(self.block_size) ** 2 != self.block_size:
-            raise InputError(f"block_size {self.block_size} is not a square: an image is a square grid of "
-                             f"tokens")
-        if self.dim % self.n_head or self.dim // self.n_head % 4:
-            raise InputError(f"dim {self.dim} over {self.n_head} heads: the head width has to be a multiple "
-                             "of 4, one half for rows and one for columns, each in pairs")
-        if not 0 <= self.drop_path < 1:
-            raise InputError(f"drop_path {self.drop_path}: has to be from 0 to below 1")
-        if self.n_kv_head and self.n_head % self.n_kv_head:
-            raise InputError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        for wrong, message in (
+            (self.model_type not in ("c2i", "t2i"), f"model_type {self.model_type!r}: has to be c2i or t2i"),
+            (math.isqrt(self.block_size) ** 2 != self.block_size,
+             f"block_size {self.block_size} is not a square: an image is a square grid of tokens"),
+            (self.dim % self.n_head or self.dim // self.n_head % 4,
+             f"dim {self.dim} over {self.n_head} heads: the head width has to be a multiple of 4, one half "
+             f"for rows and one for columns, each in pairs"),
+            (not 0 <= self.drop_path < 1, f"drop_path {self.drop_path}: has to be from 0 to below 1"),
+            (self.n_kv_head and self.n_head % self.n_kv_head,
+             f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"),
+        ):
+            if wrong:
+                raise InputError(message)
 
 
 GPT_SIZES = {                                                    # GPT(GPTConfig(**GPT_SIZES["GPT-B"]))
@@ -108,9 +111,31 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
+class KVCache:
+    """The keys and values of one layer for R sequences, each (R, G, L + N, d), filled from left to right.
+
+    What a token looks at does not change when others follow it, so its key and value are computed once. The
+    shape never changes either: nothing is allocated while decoding, and a compiled step serves all places.
+    """
+
+    def __init__(self, R, G, length, d, dtype, device):
+        self.k = torch.zeros(R, G, length, d, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+
+    def update(self, place, k, v):
+        """Write k and v (R, G, S, d) to the S places (S,) of the sequence; returns all there is, full length.
+        """
+        self.k.index_copy_(2, place, k.to(self.k.dtype))
+        self.v.index_copy_(2, place, v.to(self.v.dtype))
+        return self.k, self.v
+
+    def keep_first(self, R):
+        """Forget all but the first R sequences."""
+        self.k, self.v = self.k[:R], self.v[:R]
+
+
 class Attention(nn.Module):
-    """Causal multi-head attention; with n_kv_head < n_head, groups of query heads share one key and value
-    head."""
+    """Causal multi-head attention. With n_kv_head < n_head, groups of query heads share a key and a value."""
 
     def __init__(self, config):
         super().__init__()
@@ -120,24 +145,23 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = nn.Dropout(config.resid_dropout)
 
-    def forward(self, x, rope, mask=None, cache=None, position=None):    # x  (B, S, D)
+    def forward(self, x, rope, mask=None, cache=None, place=None):       # x  (B, S, D)
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))          #    (B, S, H + 2 G, d)
+        # Values carry what is said, not where: only queries and keys are turned.
         turned, v = heads.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
         q, k = apply_rope(turned, rope).split([self.n_head, self.n_kv_head], dim=2)
         # q (B, H, S, d)   k, v (B, G, S, d)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            # Write this step's keys and values into their rows of the cache and attend to all rows; the mask
-            # hides those that are not filled yet. index_copy_ keeps every shape fixed: nothing to recompile.
-            k, v = (store.index_copy_(2, position, new.to(store.dtype)) for store, new in zip(cache, (k, v)))
+            k, v = cache.update(place, k, v)             # (B, G, L + N, d): the mask hides what is yet to come
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=self.n_kv_head != self.n_head)
         return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x). Three matrices instead of two, so F = 2/3 of the usual 4 D, rounded up
-    to 256s."""
+    """SwiGLU: w2(silu(w1 x) * w3 x): w1 decides how much of w3 x passes. Three matrices instead of two, so
+    F = 2/3 of the usual 4 D keeps their number of weights; rounded up to 256s, as hardware likes it."""
 
     def __init__(self, config):
         super().__init__()
@@ -152,8 +176,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). No AdaLN: the same block as in a language
-    model."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)): a language model's block, without AdaLN."""
 
     def __init__(self, config, drop_path):
         super().__init__()
@@ -164,20 +187,21 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def skip_path(self, x):
-        """Stochastic depth: in training, drop a branch for whole samples, and scale up what stays (Huang
-        2016)."""
+        """Stochastic depth (Huang 2016): in training, drop a branch for whole samples, and scale up the rest so
+        that the mean stays."""
         if self.drop_path == 0 or not self.training:
             return x
         keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
         return x * keep / (1 - self.drop_path)
 
-    def forward(self, x, rope, mask=None, cache=None, position=None):
-        x = x + self.skip_path(self.attention(self.attention_norm(x), rope, mask, cache, position))
+    def forward(self, x, rope, mask=None, cache=None, place=None):
+        x = x + self.skip_path(self.attention(self.attention_norm(x), rope, mask, cache, place))
         return x + self.skip_path(self.feed_forward(self.ffn_norm(x)))
 
 
 class LabelEmbedder(nn.Module):
-    """Class ids to one condition token each. The last row of the table is the null class, for guidance."""
+    """Class ids to one condition token each. The last row of the table is the null class: trained whenever
+    the class is dropped, it makes the model unconditional, which guidance needs."""
 
     def __init__(self, config):
         super().__init__()
@@ -207,8 +231,8 @@ class CaptionMLP(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Text features (B, L, E) to L condition tokens. The null caption is random and never trained, as
-    released. InputError for features of another shape."""
+    """Text features (B, L, E) to L condition tokens. The null caption is random and never trained, as in the
+    released models. InputError for features of another shape."""
 
     def __init__(self, config):
         super().__init__()
@@ -264,8 +288,7 @@ class GPT(nn.Module):
     def attention_mask(self, cond_mask):
         """Who may look at whom, bool: causal, and padded condition tokens are seen by nobody but themselves.
 
-        cond_mask (B, L), nonzero = valid, or None. Returns (B, 1, L + N, L + N), or (L + N, L + N) without a
-        mask.
+        cond_mask (B, L), nonzero = valid. Returns (B, 1, L + N, L + N), or for None (L + N, L + N).
         """
         total = self.rope.shape[0]
         causal = torch.ones(total, total, dtype=torch.bool, device=self.rope.device).tril()
@@ -283,8 +306,7 @@ class GPT(nn.Module):
         cond       (B,) class ids, num_classes is the null class; or (B, L, E) text features
         targets    (B, T + 1), or None for no loss
         cond_mask  (B, L), nonzero = valid, padding on the left; None = all valid
-        Returns logits (B, T + 1, V), position t predicting token t, and the mean loss in nats per token, or
-        None.
+        Returns logits (B, T + 1, V), position t predicting token t, and the loss, a mean in nats per token.
         """
         L, T = self.config.cls_token_num, tokens.shape[1]
         if T >= self.config.block_size:
@@ -302,59 +324,62 @@ class GPT(nn.Module):
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
-    # Decoding with a cache: `start` once, then `step` for every further token. sample.py drives them.
+    # Decoding with a cache: `prefill` once, then `step` for every further token. sample.py drives them.
 
-    def new_cache(self, rows):
-        """Keys and values of every layer for `rows` sequences, zeros: a list of (k, v), each (rows, G, L + N,
-        d)."""
-        shape = (rows, self.layers[0].attention.n_kv_head, self.rope.shape[0],
-                 self.layers[0].attention.head_dim)
-        new = lambda: torch.zeros(shape, dtype=self.output.weight.dtype, device=self.output.weight.device)
-        return [(new(), new()) for _ in self.layers]
+    def new_caches(self, R):
+        """An empty KVCache for each layer, for R sequences."""
+        attention, weight = self.layers[0].attention, self.output.weight
+        return [KVCache(R, attention.n_kv_head, self.rope.shape[0], attention.head_dim, weight.dtype,
+                        weight.device) for _ in self.layers]
 
-    def start(self, tokens, cond, mask, cache):
-        """Run the condition and the given tokens (B, T) at once and fill the cache; logits (B, V) of token T.
-        """
-        x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (B, S, D)
-        return self.advance(x, torch.arange(x.shape[1], device=x.device), mask, cache)
+    def prefill(self, tokens, cond, mask, caches):
+        """Run condition and given tokens (R, T) at once, filling the caches; logits (R, V) of token T."""
+        x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (R, S, D)
+        return self.advance(x, torch.arange(x.shape[1], device=x.device), mask, caches)
 
-    def step(self, token, position, mask, cache):
-        """Run one token (B,) at sequence position L + its index, a tensor (1,); logits (B, V) of the next
-        token."""
-        return self.advance(self.tok_embeddings(token)[:, None], position, mask, cache)
+    def step(self, token, place, mask, caches):
+        """Run one token (R,) at its place in the sequence, L + its index, a tensor (1,); logits (R, V) of the
+        token after it."""
+        return self.advance(self.tok_embeddings(token)[:, None], place, mask, caches)
 
-    def advance(self, x, position, mask, cache):
-        rope, mask = self.rope[position], mask.index_select(-2, position)
-        for layer, store in zip(self.layers, cache):
-            x = layer(x, rope, mask, store, position)
-        return self.output(self.norm(x[:, -1])).float()
+    def advance(self, x, place, mask, caches):                   # x (R, S, D), place (S,)
+        rope, mask = self.rope[place], mask.index_select(-2, place)
+        for layer, cache in zip(self.layers, caches):
+            x = layer(x, rope, mask, cache, place)
+        return self.output(self.norm(x[:, -1])).float()          #   (R, V)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 def infer_gpt_config(weights, image_size, path):
-    """The configuration of a released GPT from the shapes of its tensors; n_head, which no shape shows, from
-    GPT_SIZES."""
+    """The configuration of a released GPT from the shapes of its tensors. n_head leaves no trace in them: it
+    is that of the row of GPT_SIZES with this depth and width."""
     vocab_size, dim = weights["tok_embeddings.weight"].shape
     n_layer = sum(name.endswith(".attention.wqkv.weight") for name in weights)
     n_head = {(s["n_layer"], s["dim"]): s["n_head"] for s in GPT_SIZES.values()}.get((n_layer, dim))
     if n_head is None:
         raise InputError(f"{path} fits no known size: found {n_layer} layers of width {dim}; "
                          f"known are {', '.join(GPT_SIZES)}")
-    config = dict(dim=dim, n_layer=n_layer, n_head=n_head, vocab_size=vocab_size,
-                  block_size=(image_size // 16) ** 2)
     kv_rows = weights["layers.0.attention.wqkv.weight"].shape[0] - dim
-    config["n_kv_head"] = kv_rows // (2 * dim // n_head)
+    config = dict(dim=dim, n_layer=n_layer, n_head=n_head, n_kv_head=kv_rows // (2 * dim // n_head),
+                  vocab_size=vocab_size, block_size=(image_size // 16) ** 2)
     if "cls_embedding.uncond_embedding" in weights:
         L, E = weights["cls_embedding.uncond_embedding"].shape
         return GPTConfig(**config, model_type="t2i", cls_token_num=L, caption_dim=E)
     return GPTConfig(**config, num_classes=weights["cls_embedding.embedding_table.weight"].shape[0] - 1)
 
 
-def gpt_weights(checkpoint, path, image_size=None):
-    """The configuration and the weights in an already read checkpoint; see load_gpt."""
-    weights = {name: w for name, w in checkpoint["model"].items() if name != "freqs_cis"}  # an old table
+def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32, checkpoint=None):
+    """A GPT in eval mode from this project's checkpoint or from a released file (c2i_L_384.pt,
+    t2i_XL_stage1_256.pt, ...).
+
+    image_size  pixels; for released files, whose grid is image_size // 16 on a side (None: 256). This
+                project's own checkpoints know their grid
+    checkpoint  what read_checkpoint(path) gave, if the file has been read already
+    """
+    checkpoint = checkpoint or read_checkpoint(path, mmap=True)
+    weights = {name: w for name, w in checkpoint["model"].items() if name != "freqs_cis"}  # an old RoPE table
     if "tok_embeddings.weight" not in weights:
         raise InputError(f"{path} is not a GPT checkpoint: it has no token embedding (tok_embeddings.weight)")
     if "config" not in checkpoint:
@@ -363,23 +388,7 @@ def gpt_weights(checkpoint, path, image_size=None):
         config = GPTConfig(**checkpoint["config"])
         if image_size and (image_size // 16) ** 2 != config.block_size:
             raise InputError(f"{path} makes {config.block_size} tokens per image: leave the image size out")
-    return config, weights
-
-
-def gpt_from_checkpoint(checkpoint, path, image_size=None, device="cpu", dtype=torch.float32):
-    """The GPT in an already read checkpoint; see load_gpt."""
-    config, weights = gpt_weights(checkpoint, path, image_size)
     return build(GPT, config, weights, path, device, dtype)
-
-
-def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32):
-    """A GPT in eval mode from this project's checkpoint or from a released file (c2i_L_384.pt,
-    t2i_XL_stage1_256.pt, ...).
-
-    image_size: pixels; for released files, whose grid is image_size // 16 on a side (None: 256). This
-    project's own checkpoints know their grid.
-    """
-    return gpt_from_checkpoint(read_checkpoint(path, mmap=True), path, image_size, device, dtype)
 
 
 if __name__ == "__main__":

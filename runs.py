@@ -1,6 +1,6 @@
 """What a run needs, whatever it trains, draws or measures. Nothing about pictures or networks is in here.
 
-    errors -> flags -> device and processes -> long jobs -> precision -> schedule -> progress -> checkpoints
+    errors -> flags -> device, processes, long jobs -> precision, schedule -> a training run -> weights
 
 The sections stand in the order in which a run comes to them. Every command ends in `run(main, get_args)`.
 """
@@ -30,16 +30,13 @@ from tqdm import tqdm
 # Errors: what the user can mend is one clear line; everything else is a bug and keeps its traceback
 
 class InputError(ValueError):
-    """The user gave something unusable. The message says what and what to do; commands print it as one line.
-    """
+    """The user gave something unusable: the message says what, and what to do about it."""
 
 
 @contextmanager
 def explained(what, cure="", kinds=Exception):
-    """Turn whatever the block raises into one line: "what (reason): cure". InputErrors pass as they are.
-
-    Readers of foreign files raise almost anything; kinds: which errors mean that the input is at fault.
-    """
+    """Turn whatever the block raises (kinds: only these) into one line: "what (reason): cure". Readers of
+    foreign files raise almost anything. InputErrors pass as they are."""
     try:
         yield
     except InputError:
@@ -82,14 +79,11 @@ share = number(float, "between 0 and 1", lambda x: 0 <= x <= 1)
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Answers a wrong flag with two lines instead of with all flags there are, and remembers what was typed.
-
-    args.command_line gives these flags again. (sys.argv does not: in a notebook, whose cells call
-    main(get_args([...])), it holds the flags of the kernel.)
-    """
+    """Answers a wrong flag with two lines instead of with all flags there are, and keeps in args.command_line
+    how to get these flags again. (In a notebook sys.argv holds the flags of the kernel.)"""
 
     def __init__(self, file, doc):
-        super().__init__(prog=Path(file).name, description=doc, usage="%(prog)s [flags]; --help explains them",
+        super().__init__(Path(file).name, usage="%(prog)s [flags]; --help explains them", description=doc,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def parse_args(self, argv=None):
@@ -106,32 +100,28 @@ def add_device_flag(group):
 def add_training_flags(parser, out, minutes):
     """The flags that train_vq.py and train_gpt.py share. out, minutes: each script's own defaults."""
     group = parser.add_argument_group("data and files")
-    group.add_argument("--data", default="shapes", help="shapes, fashion_mnist, mnist, cifar10; a folder of "
-                       "pictures; a .jsonl; a .tar or a folder of them")
+    group.add_argument("--data", default="shapes",
+                       help="shapes, fashion_mnist, mnist, cifar10; a folder of pictures; .jsonl; .tar")
     group.add_argument("--data-dir", help="where to look for the data set's files first")
     group.add_argument("--limit", type=counting, help="use only so many pictures of each split")
     group.add_argument("--cond", default="class", choices=("class", "text"),
-                       help="what the pictures come with: their class or a caption. Of shapes, text adds scenes "
-                            "of two, which the tokenizer has to have seen as well")
+                       help="what comes with a picture: its class or a caption (of shapes: scenes too)")
     group.add_argument("--out", default=out, help="the checkpoint; its log and preview are written beside it")
     group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     group = parser.add_argument_group("how long and where")
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=positive, default=minutes,
-                        help="train this long, the learning rate fitted to it")
+    length.add_argument("--minutes", type=positive, default=minutes, help="fit training into this time")
     length.add_argument("--steps", type=counting, help="train for this many steps instead")
     add_device_flag(group)
-    group.add_argument("--seed", type=natural, default=0,
-                       help="of the weights, the order of the data and the dropout")
+    group.add_argument("--seed", type=natural, default=0, help="of weights, order of the data and dropout")
     group.add_argument("--compile", action="store_true",
                        help="torch.compile the forward and backward pass: slow start, faster steps")
-    group.add_argument("--eval-every", type=counting, default=500,
-                       help="steps between preview and checkpoint")
+    group.add_argument("--eval-every", type=counting, default=500, help="steps between checkpoints")
     group.add_argument("--log-every", type=counting, default=20, help="steps between lines of the log")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Device and processes
+# Device, processes, and long jobs that lose nothing when they are killed
 
 def pick_device(name):
     """The device asked for, or the best one present; under torchrun, each process its own GPU."""
@@ -158,9 +148,6 @@ def wait_for_all():
         dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Long jobs: being killed loses nothing
-
 def short_hash(parts):
     """16 hex digits that name these parts, one after another: bytes as they are, all else by its repr."""
     digest = hashlib.sha256()
@@ -171,8 +158,8 @@ def short_hash(parts):
 
 @contextmanager
 def whole_file(path):
-    """with whole_file(path) as partial: write to `partial`. Only when the block has ended well does the file
-    get its name, so a kill leaves the old file or the new one, never half of one."""
+    """Gives a temporary name to write to; `path` is its name only when the block has ended well. So a kill
+    leaves the old file or the new one, never half of one."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -185,9 +172,9 @@ def whole_file(path):
 class SharedArray:
     """A .npy file that one or several processes fill unit by unit; what is filled survives a kill.
 
-    key    names everything that the rows depend on: an earlier try is continued only if it had the same key
+    key    names what the rows depend on: an earlier try is continued only if it had the same key
     units  how many pieces the work has; if left out, each row is one
-    mine   the numbers of the units that this process has to fill, evenly shared out
+    mine   the units that this process has to fill, evenly shared out
     rows   the array; write the rows of a unit, then mark done[unit] as DONE or, if it has none, as SKIPPED
     """
     DONE, SKIPPED = 1, 2
@@ -200,7 +187,7 @@ class SharedArray:
         if rank == 0 and not (self.flags.exists() and self.partial.exists()):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(self.partial, mode="w+", dtype=dtype, shape=shape)
-            with whole_file(self.flags) as name, open(name, "wb") as file:   # last: with flags, there are rows
+            with whole_file(self.flags) as name, open(name, "wb") as file:   # last: where flags are, rows are
                 np.save(file, np.zeros(units or shape[0], np.uint8))
         wait_for_all()
         self.rows, self.done = (np.load(name, mmap_mode="r+") for name in (self.partial, self.flags))
@@ -217,12 +204,11 @@ class SharedArray:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Precision
+# Precision and schedule
 
 def fast_dtype(device):
-    """bf16 where the hardware multiplies it: CUDA cards from Ampere on, CPUs with AMX or AVX-512 BF16 (a step
-    of the tiny GPT takes 0.7 of its time in float32 there). Else float32: older cards only emulate bf16,
-    slowly, and with their float16 small gradients would vanish unless the loss is scaled."""
+    """bf16 where the hardware multiplies it: CUDA cards from Ampere on, CPUs with AMX or AVX-512 BF16. Else
+    float32: older cards emulate bf16, slowly, and in their float16 small gradients would vanish."""
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     fast = (able.get("amx_bf16", False) or able.get("avx512_bf16", False) or
             device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
@@ -240,14 +226,11 @@ def mixed_precision(device):
         yield
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Schedule
-
 def learning_rate(peak, step, progress, warmup, final=0.02):
-    """Warm-up by steps, then a cosine over `progress` (0 at the start, 1 at the end) down to final * peak."""
-    if step < warmup:                                            # 1. linear warm-up
+    """Warm-up by steps, then a cosine over `progress` (0 at the start, 1 at the end) down to final * peak;
+    final = 1 keeps it constant."""
+    if step < warmup:
         return peak * (step + 1) / warmup
-    # 2. cosine decay; final = 1 keeps it constant
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return peak * (final + (1 - final) * cosine)
 
@@ -261,15 +244,10 @@ def update_ema(average, model, decay, step):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Progress: clock, bar, log and saves of a training run
+# A training run: clock, bar, log, saves, and going on
 
 class Progress:
     """Where a run stands. state: the checkpoint it goes on from, or None for a fresh run.
-
-        with Progress(args, device, state) as progress:
-            while progress.running():
-                ...                                              # one step
-                progress.count({"loss": loss, "grad_norm": norm})
 
     Ctrl-C only raises a flag: the step in progress is finished, so what is saved is a whole state. The log is
     NAME.jsonl beside the checkpoint NAME.pt, one JSON object a line. A fresh run writes NAME.new.jsonl until
@@ -279,13 +257,14 @@ class Progress:
     def __init__(self, args, device, state):
         self.args, self.device, self.fresh, self.interrupted = args, device, state is None, False
         self.step, seconds = (0, 0.0) if self.fresh else (state["step"], state["seconds"])
-        if state:
-            torch.set_rng_state(state["random"]["cpu"])
-            if device.type in ("cuda", "mps") and device.type in state["random"]:
-                getattr(torch, device.type).set_rng_state(state["random"][device.type])
+        # The random numbers of the CPU and those of the device are two streams.
+        self.streams = {"cpu": torch} | {kind: getattr(torch, kind) for kind in {device.type} - {"cpu"}}
+        for kind in self.streams.keys() & (state or {}).get("random", {}).keys():
+            self.streams[kind].set_rng_state(state["random"][kind])
         self.log_path = Path(args.out).with_suffix(".jsonl")
         self.new_log = self.log_path.with_suffix(".new.jsonl")
-        self.new_log.unlink(missing_ok=True)
+        if self.fresh:
+            self.new_log.write_text("")
         self.started = time.perf_counter() - seconds
         self.begin_stretch()
 
@@ -336,8 +315,8 @@ class Progress:
         """End the run if its numbers are no longer finite, before anything uses them or is saved."""
         bad = self.since + int(self.good) + 1
         if bad <= self.step:
-            raise InputError(f"step {bad}: the loss or its gradient is NaN or infinite, so the run ends here and "
-                             f"{self.args.out} stays as it was last saved. Try a lower --lr")
+            raise InputError(f"step {bad}: the loss or its gradient is NaN or infinite, so the run ends. "
+                             f"{self.args.out} stays as it was last saved; try a lower --lr")
 
     def means(self):
         """The mean of each number since the last call, as floats, and the steps per second. Apart from
@@ -359,20 +338,15 @@ class Progress:
     def save(self, **contents):
         """Write the checkpoint: contents, and what else it takes to go on from here."""
         self.check()
-        path, random = Path(self.args.out), {"cpu": torch.get_rng_state()}
-        if self.device.type in ("cuda", "mps"):
-            random[self.device.type] = getattr(torch, self.device.type).get_rng_state()
-        if self.fresh and path.exists():
-            with whole_file(path.with_suffix(".previous.pt")) as partial:
-                shutil.copyfile(path, partial)          # a copy: at no moment is there none of that name
+        path, random = Path(self.args.out), {kind: s.get_rng_state() for kind, s in self.streams.items()}
+        if self.fresh:                       # copies: at no moment is there no checkpoint of that name
+            for old in filter(Path.exists, (path, self.log_path)):
+                shutil.copyfile(old, old.with_suffix(f".previous{old.suffix}"))
+        contents.update(step=self.step, seconds=self.seconds(), random=random, args=vars(self.args))
         with whole_file(path) as partial:
-            torch.save(dict(contents, step=self.step, seconds=self.seconds(), random=random,
-                            args=vars(self.args)), partial)
+            torch.save(contents, partial)
         if self.fresh:
-            for old, new in ((self.log_path, self.log_path.with_suffix(".previous.jsonl")),
-                             (self.new_log, self.log_path)):
-                if old.exists():
-                    old.replace(new)
+            self.new_log.replace(self.log_path)
         self.fresh = False
 
 
@@ -383,8 +357,8 @@ MAY_CHANGE = {"command_line", "out", "resume", "minutes", "steps", "device", "co
 
 
 def resume_state(args, *needed):
-    """The checkpoint in --out with everything needed to go on, or None for a fresh run. `needed`: entries
-    that only this script's checkpoints have. InputError names the flag that differs from that run's."""
+    """The checkpoint in --out with everything needed to go on (`needed`: what only this script's have), or
+    None for a fresh run. InputError names the flag that differs from that run's."""
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         return None
@@ -394,8 +368,9 @@ def resume_state(args, *needed):
     for name, now in vars(args).items():
         before = state["args"].get(name, now)            # missing: a flag that is newer than the checkpoint
         if now != before and name not in MAY_CHANGE:
-            raise InputError(f"{args.out} was trained with other settings, --{name.replace('_', '-')} {before} "
-                             f"instead of {now}: resume with that run's flags")
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{args.out} was trained with other settings, {flag} {before} instead of {now}: "
+                             f"resume with that run's flags")
     return state
 
 
@@ -406,9 +381,8 @@ def read_checkpoint(path, mmap=False):
     """Read a .pt file into a dict with at least "model" (a state dict). Never runs code hidden in the file.
 
     Reads this project's checkpoints and the released files, whose weights are under "model" (beside an
-    `argparse.Namespace`), under "module" (DeepSpeed), under "state_dict", or bare (FSDP).
-
-    mmap: leave the tensors on disk until they are used, which saves their size in memory; copy what you keep.
+    `argparse.Namespace`), under "module" (DeepSpeed), under "state_dict", or bare (FSDP). mmap: leave the
+    tensors on disk until they are used, which saves their size in memory; copy what you keep.
     """
     if not Path(path).is_file():
         raise InputError(f"{path} is a folder: pass the .pt file in it" if Path(path).is_dir() else
@@ -420,7 +394,7 @@ def read_checkpoint(path, mmap=False):
             file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     file = file if isinstance(file, dict) else {}
     for weights in (file.get("model"), file.get("module"), file.get("state_dict"), file):
-        if isinstance(weights, dict) and weights and all(isinstance(w, torch.Tensor) for w in weights.values()):
+        if isinstance(weights, dict) and weights and all(map(torch.is_tensor, weights.values())):
             return {**({} if weights is file else file), "model": weights}
     raise InputError(f"{path} holds no weights: expected a state dict, or one under model, module or "
                      f"state_dict")
@@ -438,11 +412,9 @@ def fill_weights(model, weights, path, assign=False):
 
 
 def build(model_class, config, weights, path, device, dtype):
-    """model_class(config) in eval mode with these weights, on the device in the dtype asked for.
-
-    The model is made without memory (on the meta device) and takes over copies of the weights, one tensor at
-    a time: with memory-mapped weights no more than the finished model is ever held.
-    """
+    """model_class(config) in eval mode with these weights, on the device in the dtype asked for. It is made
+    without memory (on the meta device) and takes over copies of the weights, one tensor at a time: with
+    memory-mapped weights no more than the finished model is ever held."""
     with torch.device("meta"):
         model = model_class(config)
     copies = {name: w.to(device=device, dtype=dtype, copy=True) for name, w in weights.items()}

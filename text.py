@@ -8,7 +8,6 @@ Paper:  T5 (Raffel 2020), FLAN-T5 (Chung 2022); unigram segmentation: SentencePi
 Run:    python text.py               # the shapes of one pass through a tiny encoder
 """
 import base64
-import hashlib
 import html
 import json
 import math
@@ -26,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data import to_device
 from runs import InputError, SharedArray, build, read_checkpoint, short_hash, weights_hash
 
 
@@ -548,11 +548,32 @@ def tiny_text_encoder_from(saved, path, device="cpu"):
     return TextEncoder(WordTokenizer(saved["words"]), t5, saved["length"]).eval()
 
 
-class Captions:
-    """The captions of M pictures, one or several each: as ids, or as features that were computed once.
+class Classes:
+    """The classes of M pictures as conditions.
 
-    names  the U captions that differ; `draw` and `lookup` speak of their row numbers
+    names   of the classes, K
+    labels  int64 (M,), -1 for pictures that could not be read and are never asked for; None: only for drawing
+    """
+
+    def __init__(self, names, labels=None):
+        self.names, self.labels = names, labels
+
+    def draw(self, pictures, rng):
+        """For each of these pictures, (B,), the row of names that it shows: (B,)."""
+        return self.labels[pictures]
+
+    def __call__(self, rows, text, device):
+        """The GPT's cond (B,) and no cond_mask for these rows of names, (B,)."""
+        return to_device(torch.from_numpy(rows), device), None
+
+
+class Captions:
+    """The captions of M pictures, one or several each, as conditions: from their ids, or from features that
+    were computed once.
+
+    names  the U captions that differ
     ids    (U, L) int32
+    rows   for all captions of all pictures, one picture after another, their place in names
     width  E
     """
 
@@ -567,22 +588,23 @@ class Captions:
         self.features = None
 
     def draw(self, pictures, rng):
-        """One caption for each of these pictures, (B,) row numbers: the shortest in 30 of 100 cases, else one
-        of the others, as in the paper's second stage."""
+        """For each of these pictures, (B,), one of its captions as a row of names: (B,). The shortest in 30 of
+        100 cases, else one of the others, as in the paper's second stage: captions there came in a long and a
+        short form, and prompts are short."""
         count, chance = self.count[pictures], rng.random(len(pictures))
         place = np.where(chance < 0.3, 0, 1 + (chance - 0.3) / 0.7 * (count - 1)).astype(int)
         return self.rows[self.first[pictures] + place.clip(max=count - 1)]
 
-    def lookup(self, rows):
-        """What the GPT's condition is made of: (ids,) for a text encoder that is still to run, or from the
-        cache (features (B, L, E) bf16, mask (B, L))."""
-        ids = self.ids[rows]
+    def __call__(self, rows, text, device):
+        """The GPT's cond (B, L, E) and cond_mask (B, L) for these rows of names, (B,): by the TextEncoder
+        `text`, or from the cache if there is one."""
+        ids = self.ids[rows]                                     # (B, L)
         if self.features is None:
-            return (ids,)
+            return text(to_device(ids, device))
         mask = ids != 0
         place = np.where(mask.numpy(), self.places(rows, ids.shape[1]), 0)
-        features = torch.from_numpy(self.features[place]).view(torch.bfloat16)
-        return features * mask[..., None], mask
+        features = torch.from_numpy(self.features[place]).view(torch.bfloat16) * mask[..., None]
+        return to_device(features, device), to_device(mask, device)
 
     def places(self, rows, L):
         """Where the last L tokens of these captions are in the file of features, (B, L); wrong at padding."""
@@ -594,7 +616,7 @@ class Captions:
         tokens one after another, (all tokens, E) uint16, the bits of bf16."""
         length = (self.ids != 0).sum(dim=1).numpy()
         self.end = length.cumsum()
-        key = hashlib.sha256(weights_hash(text.t5).encode() + self.ids.numpy().tobytes()).hexdigest()[:16]
+        key = short_hash([weights_hash(text.t5).encode(), self.ids.numpy().tobytes()])
         path = Path(folder) / f"features.{key}.npy"
         if not path.exists():
             cache = SharedArray(path, (int(self.end[-1]), text.t5.config.d_model), np.uint16, key,

@@ -4,7 +4,7 @@ Shapes: B images, N tokens of an image, K crops per image, V vocabulary, H x W p
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2 and 3.2.
 Run:    python train_gpt.py                                        # after train_vq.py; 6 minutes on a laptop
         python train_gpt.py --data fashion_mnist --minutes 12
-        python train_vq.py --captioned --codebook-size 64 --minutes 4 --out out/text/vq.pt
+        python train_vq.py --cond text --codebook-size 64 --minutes 4 --out out/text/vq.pt
         python train_gpt.py --cond text --vq out/text/vq.pt --minutes 15 --out out/text/gpt.pt
 """
 import copy
@@ -16,33 +16,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
-from data import (batch_indices, code_key, extract_codes, flag_parser, image_grid, load_data, natural,
-                  pick_device, positive, read_about, read_captions, read_codes, run, share, spread, to_device,
-                  to_uint8)
-from model import GPT, GPT_SIZES, GPTConfig, gpt_weights
+from data import (batch_indices, code_key, extract_codes, image_grid, load_data, read_about, read_captions,
+                  read_codes, spread, to_device)
+from model import GPT, GPT_SIZES, GPTConfig, load_gpt
+from runs import (FlagParser, InputError, Progress, add_training_flags, counting, fill_weights, finite,
+                  learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
+                  read_checkpoint, resume_state, run, share, update_ema, weights_hash)
 from sample import SETTINGS, generate
-from text import (Captions, pretrained_text_encoder, saved_text_encoder, tiny_text_encoder,
+from text import (Captions, Classes, pretrained_text_encoder, saved_text_encoder, tiny_text_encoder,
                   tiny_text_encoder_from)
-from tokenizer import InputError, fill_weights, load_tokenizer, read_checkpoint, weights_hash
-from train_vq import (Clock, Log, add_training_flags, learning_rate, mixed_precision, random_state,
-                      restore_random_state, resume_state, save_checkpoint, update_ema)
+from tokenizer import load_tokenizer, to_pictures
 
 
-def parameter_groups(nets, weight_decay, text_lr=1.0):
-    """Decay matrices and embeddings (2 and more dimensions), leave the gains of the norms alone; the share of
-    the learning rate ("share") is text_lr for whatever a caption passes through before the transformer."""
-    groups = []
-    for of_text in (False, True):
-        chosen = [p for name, p in nets.named_parameters()
-                  if (name.startswith("text.") or ".cap_proj." in name) == of_text]
-        of_lr = text_lr if of_text else 1.0
-        groups.append({"params": [p for p in chosen if p.dim() >= 2], "weight_decay": weight_decay,
-                       "share": of_lr})
-        groups.append({"params": [p for p in chosen if p.dim() < 2], "weight_decay": 0.0, "share": of_lr})
-    return [group for group in groups if group["params"]]
-
+# ------------------------------------------------------------------------------------------------------------
+# The data: codes, and what the GPT is told about each picture
 
 def prepare_codes(args, vq, vq_hash, device):
     """The folders with the tokens of the training and of the held-out pictures, for read_codes: those in
@@ -68,35 +56,22 @@ def prepare_codes(args, vq, vq_hash, device):
     return folders
 
 
-class Classes:
-    """The classes of M pictures as conditions; for captions, text.Captions does the same."""
-
-    def __init__(self, labels, names):
-        self.labels, self.names = labels, names
-
-    def draw(self, pictures, rng):
-        return self.labels[pictures]
-
-    def lookup(self, rows):
-        return (torch.from_numpy(rows),)
-
-
 def prepare_captions(args, folders, start, saved, device):
     """The Captions of the training and of the held-out pictures, and the text encoder that is still to run in
     every step: None if its features are cached. start: the checkpoint --init; saved: the text encoder of a
     checkpoint to go on from, or None."""
-    first = start.get("model", {}).get("cls_embedding.uncond_embedding")       # (L, E), or None
-    length = args.text_length or (len(first) if first is not None else None)
+    null = start.get("model", {}).get("cls_embedding.uncond_embedding")          # (L, E) of --init, or None
+    length = args.text_length or (len(null) if null is not None else None)
     train, test = (read_captions(folder) for folder in folders)
-    if args.text_encoder == "tiny" and saved:
-        text = tiny_text_encoder_from(saved, args.init or args.out, device).train()
-    elif args.text_encoder == "tiny":
-        text = tiny_text_encoder([c for several in train for c in several], length or 32).to(device)
-    else:
+    if args.text_encoder != "tiny":
         text = pretrained_text_encoder(args.text_encoder, length or 120, device)
+    elif saved:
+        text = tiny_text_encoder_from(saved, args.init or args.out, device).train()
+    else:
+        text = tiny_text_encoder([c for several in train for c in several], length or 32).to(device)
     train, test = Captions(train, text), Captions(test, text)
-    if first is not None and (text.length, train.width) != tuple(first.shape):
-        L, E = first.shape
+    if null is not None and (text.length, train.width) != tuple(null.shape):
+        L, E = null.shape
         raise InputError(f"{args.init} does not fit this text encoder: it reads {L} tokens of width "
                          f"{E:,}, the encoder gives {text.length} of width {train.width:,}. Pass the "
                          f"--text-encoder and --text-length that it was trained with")
@@ -110,34 +85,30 @@ def prepare_captions(args, folders, start, saved, device):
     return train, test, None
 
 
-def to_condition(text, given):
-    """The GPT's cond and cond_mask from what `lookup` gave: captions' ids are to be encoded, classes and
-    cached features are ready."""
-    return text(*given) if text else (*given, None)[:2]
+def code_batches(codes, kept, conditions, batch_size, seed, start=0, device="cpu"):
+    """Endless batches: tokens (B, N) int64, one random crop of each picture, and for each picture the row of
+    conditions.names that it is drawn for, (B,). kept: the pictures to use, (M,). No Python per picture."""
+    for step, index in enumerate(batch_indices(len(kept), batch_size, seed, start), start):
+        rng, pictures = np.random.default_rng((seed, step)), kept[index.numpy()]
+        crop = rng.integers(codes.shape[1], size=len(pictures))
+        tokens = torch.from_numpy(codes[pictures, crop].astype(np.int64))
+        yield to_device(tokens, device), conditions.draw(pictures, rng)
 
 
-def code_batches(codes, conditions, batch_size, seed, start=0, device="cpu"):
-    """Endless batches: tokens (B, N) int64, one random crop of each picture, and what conditions.lookup
-    gives. No Python per picture."""
-    for step, index in enumerate(batch_indices(len(codes), batch_size, seed, start), start):
-        rng, index = np.random.default_rng((seed, step)), index.numpy()
-        crop = rng.integers(codes.shape[1], size=len(index))
-        tokens = torch.from_numpy(codes[index, crop].astype(np.int64))
-        batch = tokens, *conditions.lookup(conditions.draw(index, rng))
-        yield tuple(to_device(t, device) for t in batch)
-
+# ------------------------------------------------------------------------------------------------------------
+# Looking at the GPT
 
 @torch.inference_mode()
-def validation_loss(gpt, text, codes, conditions, device, count, batch_size=100):
+def validation_loss(gpt, text, codes, kept, conditions, device, count, batch_size=100):
     """Mean nats per token over the first crop of `count` held-out pictures, evenly spread."""
-    total, pictures = torch.zeros((), device=device), np.array(spread(range(len(codes)), count))
+    total, pictures = torch.zeros((), device=device), np.array(spread(kept, count))
     for i in range(0, len(pictures), batch_size):
         index = pictures[i:i + batch_size]
         tokens = torch.from_numpy(codes[index, 0].astype(np.int64)).to(device)   # (B, N)
         rows = conditions.draw(index, np.random.default_rng(i))
         with mixed_precision(device):
-            cond, mask = to_condition(text, [t.to(device) for t in conditions.lookup(rows)])
-            total += gpt(tokens[:, :-1], cond, tokens, mask)[1] * len(tokens)
+            cond, cond_mask = conditions(rows, text, device)
+            total += gpt(tokens[:, :-1], cond, tokens, cond_mask)[1] * len(tokens)
     return (total / len(pictures)).item()
 
 
@@ -145,71 +116,17 @@ def validation_loss(gpt, text, codes, conditions, device, count, batch_size=100)
 def save_samples(gpt, text, vq, conditions, device, path, args, columns=8):
     """A labelled PNG: one row for each of ten classes or captions, the same random numbers every time."""
     rows = np.array(spread(range(len(conditions.names)), 10)).repeat(columns)
-    cond, mask = to_condition(text, [t.to(device) for t in conditions.lookup(rows)])
+    cond, cond_mask = conditions(rows, text, device)
     cfg_scale, temperature = SETTINGS[args.cond, "own"]
-    tokens = generate(gpt, cond, mask, cfg_scale=cfg_scale if args.cfg_scale is None else args.cfg_scale,
+    tokens = generate(gpt, cond, cond_mask, cfg_scale=cfg_scale if args.cfg_scale is None else args.cfg_scale,
                       temperature=temperature if args.temperature is None else args.temperature,
                       generator=torch.Generator(device).manual_seed(args.seed))
-    pixels = to_uint8(vq.detokenize(tokens)).cpu().numpy()
-    image_grid(pixels, columns, row_names=[conditions.names[i] for i in rows[::columns]]).save(path)
+    image_grid(to_pictures(vq, tokens).cpu().numpy(), columns,
+               row_names=[conditions.names[i] for i in rows[::columns]]).save(path)
 
 
-def get_args(argv=None):
-    parser = flag_parser(__doc__)
-    add_training_flags(parser, out="out/gpt.pt", minutes=6.25)
-    parser.add_argument("--vq", default="out/vq.pt", help="the tokenizer: train_vq.py's or a released one")
-    parser.add_argument("--codes", help="a folder that data.py extract filled, instead of --data")
-    parser.add_argument("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
-                        help="tokenize ten crops of the picture at RANGE times the size: 1.1 1.05 in the "
-                             "paper; if left out, the centre crop and its mirror image")
-    group = parser.add_argument_group("text")
-    group.add_argument("--cond", default="class", choices=("class", "text"),
-                       help="what stands in front of the image tokens: the picture's class or its caption")
-    group.add_argument("--text-encoder", default="tiny", metavar="tiny|FOLDER",
-                       help="tiny: a small one, trained together with the GPT; or a folder with FLAN-T5's "
-                            "config.json, weights and spiece.model, used as it is")
-    group.add_argument("--text-length", type=positive(int),
-                       help="L, tokens of a caption; if left out, for tiny the longest caption's (at most "
-                            "32), for FLAN-T5 120")
-    group.add_argument("--live-features", action="store_true",
-                       help="run FLAN-T5 in every step instead of once, into a file beside the codes")
-    group.add_argument("--text-lr", type=share, default=0.1,
-                       help="learning rate of the caption MLP and of the tiny encoder as a share of --lr; 1 "
-                            "in the paper. At desk-scale rates what all captions have in common would "
-                            "outgrow what tells them apart")
-    group = parser.add_argument_group("model")
-    group.add_argument("--init", help="start from the weights of this GPT, whatever its image size was: the "
-                                      "paper's second stage")
-    group.add_argument("--paper-init", action="store_true",
-                       help="start with all weights normal, std 0.02, instead of with quick_start")
-    group.add_argument("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
-    group.add_argument("--image-size", type=positive(int),
-                       help="side of the pictures; the tokenizer's own if left out")
-    group.add_argument("--dropout", type=share, default=0.0,
-                       help="on embeddings, attention output and feed-forward; 0.1 in the paper")
-    group.add_argument("--class-dropout", type=share, default=0.1,
-                       help="share of classes or captions replaced by the null class or caption")
-    group.add_argument("--drop-path", type=share, default=0.0,
-                       help="stochastic depth; with it --dropout 0 is usual")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=positive(int), default=16,
-                       help="pictures per step; 256 in the paper")
-    group.add_argument("--grad-accum", type=positive(int), default=1,
-                       help="batches whose gradients make one step")
-    group.add_argument("--lr", type=positive(float), default=1.5e-3,
-                       help="peak learning rate; 1e-4 in the paper")
-    group.add_argument("--lr-final", type=share, default=0.02,
-                       help="end of the cosine as a share of --lr; 1: constant")
-    group.add_argument("--warmup", type=natural, default=100, help="steps of linear warm-up; 0 in the paper")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="on tensors of 2 and more dimensions")
-    group.add_argument("--clip", type=positive(float), default=1.0, help="largest norm of the gradient")
-    group.add_argument("--ema", type=share, default=0.995,
-                       help="decay of the averaged weights that are saved; 0: off")
-    group.add_argument("--cfg-scale", type=float,
-                       help="guidance of the sample grids; that of sample.py if left out")
-    group.add_argument("--temperature", type=float, help="of the sample grids; that of sample.py if left out")
-    return parser.parse_args(argv)
-
+# ------------------------------------------------------------------------------------------------------------
+# The model and its optimizer
 
 @torch.no_grad()
 def quick_start(gpt, codes):
@@ -219,11 +136,13 @@ def quick_start(gpt, codes):
     0.02 remain what they are for hundreds of steps; at rates for runs of minutes they are washed away in a
     dozen, and what tells the tokens apart with them. So here all start larger: embeddings as a random
     projection of the codebook, so that codes that look alike are alike to the GPT, plus noise of their own;
-    matrices that keep the length of a normalised input. Those that end a branch start at 0, every block as
-    the identity.
+    matrices that keep the length of a normalised input: a sum over D channels with weights of variance 1 / D.
+    Those that end a branch start at 0, every block as the identity.
     """
     V, C = codes.shape
     D = gpt.config.dim
+    # Longer than a step of Adam by far, shorter than 1, so that 1,000 steps can still turn them; the part of
+    # their own is half of the shared part: look-alikes start alike, yet no two are the same.
     gpt.tok_embeddings.weight.copy_(0.5 * codes @ torch.randn(C, D) + 0.25 * torch.randn(V, D))
     for layer in gpt.layers:
         for linear in (layer.attention.wqkv, layer.feed_forward.w1, layer.feed_forward.w3):
@@ -237,7 +156,8 @@ def prepare_model(args, own, vq, start, device):
     own: what the data decide of its configuration."""
     config, weights = GPTConfig(**GPT_SIZES[args.size]), None
     if args.init:
-        config, weights = gpt_weights(start, args.init)
+        first = load_gpt(args.init, checkpoint=start)
+        config, weights = first.config, first.state_dict()
     config = replace(config, **own, token_dropout=args.dropout, resid_dropout=args.dropout,
                      ffn_dropout=args.dropout, class_dropout=args.class_dropout, drop_path=args.drop_path)
     gpt = GPT(config)
@@ -246,6 +166,72 @@ def prepare_model(args, own, vq, start, device):
     elif not args.paper_init:
         quick_start(gpt, vq.quantize.codes().cpu())
     return gpt.to(device)
+
+
+def parameter_groups(nets, weight_decay, text_lr=1.0):
+    """Groups for AdamW. Weight decay pulls on matrices and embeddings (2 and more dimensions), whose length
+    may grow without need, not on the gains of norms, which belong near 1. "rate" is the group's learning rate
+    as a share of the run's: text_lr for what a caption passes through before the transformer."""
+    groups = []
+    for of_text, rate in ((False, 1.0), (True, text_lr)):
+        chosen = [weight for name, weight in nets.named_parameters()
+                  if (name.startswith("text.") or ".cap_proj." in name) == of_text]
+        matrices, gains = ([w for w in chosen if (w.dim() >= 2) == matrix] for matrix in (True, False))
+        groups.append({"params": matrices, "weight_decay": weight_decay, "rate": rate})
+        groups.append({"params": gains, "weight_decay": 0.0, "rate": rate})
+    return [group for group in groups if group["params"]]
+
+
+def get_args(argv=None):
+    parser = FlagParser(__file__, __doc__)
+    add_training_flags(parser, out="out/gpt.pt", minutes=6.25)
+    parser.add_argument("--vq", default="out/vq.pt", help="the tokenizer: train_vq.py's or a released one")
+    parser.add_argument("--codes", help="a folder that data.py extract filled, instead of --data")
+    parser.add_argument("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
+                        help="tokenize ten crops of the picture at RANGE times the size: 1.1 1.05 in the "
+                             "paper; if left out, the centre crop and its mirror image")
+    group = parser.add_argument_group("text")
+    group.add_argument("--text-encoder", default="tiny", metavar="tiny|FOLDER",
+                       help="tiny: a small one, trained together with the GPT; or a folder with FLAN-T5's "
+                            "config.json, weights and spiece.model, used as it is")
+    group.add_argument("--text-length", type=counting, help="L, tokens of a caption; if left out, for tiny "
+                       "the longest caption's (at most 32), for FLAN-T5 120")
+    group.add_argument("--live-features", action="store_true",
+                       help="run FLAN-T5 in every step instead of once, into a file beside the codes")
+    group.add_argument("--text-lr", type=share, default=0.1, help="learning rate of the caption MLP and of "
+                       "the tiny encoder as a share of --lr; 1 in the paper. At desk-scale rates what all "
+                       "captions have in common would outgrow what tells them apart")
+    group = parser.add_argument_group("model")
+    group.add_argument("--init", help="start from the weights of this GPT, whatever its image size was: the "
+                       "paper's second stage")
+    group.add_argument("--paper-init", action="store_true",
+                       help="start with all weights normal, std 0.02, instead of with quick_start")
+    group.add_argument("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
+    group.add_argument("--image-size", type=counting,
+                       help="side of the pictures; the tokenizer's own if left out")
+    group.add_argument("--dropout", type=share, default=0.0,
+                       help="on embeddings, attention output and feed-forward; 0.1 in the paper")
+    group.add_argument("--class-dropout", type=share, default=0.1,
+                       help="share of classes or captions replaced by the null class or caption")
+    group.add_argument("--drop-path", type=share, default=0.0,
+                       help="stochastic depth; with it --dropout 0 is usual")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch-size", type=counting, default=16, help="pictures per step; 256 in the paper")
+    group.add_argument("--grad-accum", type=counting, default=1, help="batches whose gradients make one step")
+    group.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate; 1e-4 in the paper")
+    group.add_argument("--lr-final", type=share, default=0.02,
+                       help="end of the cosine as a share of --lr; 1: constant")
+    group.add_argument("--warmup", type=natural, default=100, help="steps of linear warm-up; 0 in the paper")
+    group.add_argument("--weight-decay", type=not_negative, default=0.05,
+                       help="on tensors of 2 and more dimensions")
+    group.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient")
+    group.add_argument("--ema", type=share, default=0.995,
+                       help="decay of the averaged weights that are saved; 0: off")
+    group.add_argument("--cfg-scale", type=finite,
+                       help="guidance of the sample grids; that of sample.py if left out")
+    group.add_argument("--temperature", type=not_negative,
+                       help="of the sample grids; that of sample.py if left out")
+    return parser.parse_args(argv)
 
 
 def main(args):
@@ -261,13 +247,12 @@ def main(args):
                              "tokens of another tokenizer")
     folders = prepare_codes(args, vq, vq_hash, device)
     (codes, labels, about), (test_codes, test_labels, _) = (read_codes(folder) for folder in folders)
-    class_names, size, N = about["class_names"], about["data"]["size"], codes.shape[2]
-    batch_size = min(args.batch_size, len(codes))
-    own = dict(vocab_size=vq.config.codebook_size, block_size=N, model_type="c2i",
-               num_classes=len(class_names))
-    text = None
+    # Pictures that could not be read have the label -1: never ask for them.
+    kept, test_kept = np.flatnonzero(labels >= 0), np.flatnonzero(test_labels >= 0)
+    names, N = about["class_names"], codes.shape[2]
+    own = dict(vocab_size=vq.config.codebook_size, block_size=N, model_type="c2i", num_classes=len(names))
     if args.cond == "class":
-        train, test = (Classes(these, class_names) for these in (labels, test_labels))
+        train, test, text = Classes(names, labels), Classes(names, test_labels), None
     else:
         saved = (state or start).get("text_encoder")
         train, test, text = prepare_captions(args, folders, start, saved, device)
@@ -276,90 +261,84 @@ def main(args):
     if state and state["config"] != asdict(gpt.config):
         raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
 
-    tiny = text is not None and args.text_encoder == "tiny"      # then it learns together with the GPT
-    nets = nn.ModuleDict({"gpt": gpt, "text": text} if tiny else {"gpt": gpt})
-    if state:
-        gpt.load_state_dict(state["model"])
-    average = copy.deepcopy(nets).requires_grad_(False)
-    best = average if args.ema else nets                         # what is saved, and draws
+    learns = text is not None and args.text_encoder == "tiny"    # the text encoder, together with the GPT
+    nets = nn.ModuleDict({"gpt": gpt, "text": text} if learns else {"gpt": gpt})
+    best = copy.deepcopy(nets).requires_grad_(False) if args.ema else nets       # what is saved, and draws
+    # beta2 is 0.95 instead of Adam's 0.999, as usual for language models: the scale of the gradient is then a
+    # mean over some 20 steps, which follows a loss that changes quickly.
     optimizer = torch.optim.AdamW(parameter_groups(nets, args.weight_decay, args.text_lr), lr=args.lr,
                                   betas=(0.9, 0.95), fused=True)
-    step, seconds = 0, 0.0
-    if state:
-        step, seconds = state["step"], state["seconds"]
-        nets.load_state_dict(state["raw"])
-        optimizer.load_state_dict(state["optimizer"])
+    if state:                       # pop: a checkpoint is some times as large as the model, do not hold it
+        best["gpt"].load_state_dict(state.pop("model"))
+        nets.load_state_dict(state.pop("raw"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    batch_size = min(args.batch_size, len(kept))
     tokens_per_step = batch_size * args.grad_accum * N
-    what = (f"{len(class_names)} classes" if args.cond == "class" else
+    what = (f"{len(names)} classes" if args.cond == "class" else
             f"{len(train.names):,} different captions of at most {train.ids.shape[1]} tokens")
     print(f"GPT {args.init or args.size}: {sum(p.numel() for p in nets.parameters()):,} parameters on "
-          f"{device}; {len(codes):,} pictures of {N} tokens, {what}; {tokens_per_step:,} tokens per step")
+          f"{device}; {len(kept):,} pictures of {N} tokens, {what}; {tokens_per_step:,} tokens per step")
+    forward = torch.compile(gpt) if args.compile else gpt
+    preview = Path(args.out).with_suffix(".png")
 
-    def save(fresh=False):
-        encoder = {"text_encoder": saved_text_encoder(best["text"])} if tiny else {}
-        save_checkpoint(args.out, fresh, model=best["gpt"].state_dict(), raw=nets.state_dict(),
-                        config=asdict(gpt.config), optimizer=optimizer.state_dict(), step=step,
-                        seconds=clock.seconds(), random=random_state(device), class_names=class_names,
-                        vq_hash=vq_hash, args=vars(args), **encoder)
+    def save():
+        encoder = {"text_encoder": saved_text_encoder(best["text"])} if learns else {}
+        progress.save(model=best["gpt"].state_dict(), raw=nets.state_dict(), config=asdict(gpt.config),
+                      optimizer=optimizer.state_dict(), class_names=names, vq_hash=vq_hash, **encoder)
 
-    def judge(count):
-        """Write the sample grid; the loss over `count` held-out pictures."""
-        models = best["gpt"], best["text"] if tiny else text
-        nets.eval()
+    def look(count):
+        """Write the sample grid; returns the loss over `count` held-out pictures."""
+        best.eval()
+        models = best["gpt"], best["text"] if learns else text
         save_samples(*models, vq, test, device, preview, args)
-        nats = validation_loss(*models, test_codes, test, device, count)
-        nets.train()
+        nats = validation_loss(*models, test_codes, test_kept, test, device, count)
+        best.train(not args.ema)
         return nats
 
-    average.eval()
-    forward = torch.compile(gpt) if args.compile else gpt
-    preview, log = Path(args.out).with_suffix(".png"), Log(args)
-    recent, logged_at, fresh = torch.zeros((), device=device), step, state is None
-    clock = Clock(args, seconds)
-    if state:
-        restore_random_state(state["random"], device)
-    bar = tqdm(total=args.steps, initial=step, unit=" steps")
-    batches = code_batches(codes, train, batch_size, args.seed, step * args.grad_accum, device)
-    while clock.running(step):
-        lr = learning_rate(args.lr, step, clock.progress(step), args.warmup, args.lr_final)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["share"]
-        for _ in range(args.grad_accum):
-            tokens, *given = next(batches)                       # (B, N)
-            with mixed_precision(device):
-                cond, mask = to_condition(text, given)
-                _, loss = forward(tokens[:, :-1], cond, tokens, mask)
-            (loss / args.grad_accum).backward()
-            recent += loss.detach() / args.grad_accum
-        nn.utils.clip_grad_norm_(nets.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if args.ema:
-            update_ema(average, nets, args.ema, step)
-        step += 1
-        if step % args.log_every == 0:                        # the only place where the CPU waits for the GPU
-            loss = recent.item() / (step - logged_at)
-            rate = tokens_per_step * (step - logged_at) / (clock.seconds() - seconds)
-            log.write(step=step, seconds=clock.seconds(), loss=loss, lr=lr, tokens_per_second=rate)
-            bar.set_postfix_str(f"loss {loss:.3f} nats/token, {rate:,.0f} tokens/s", refresh=False)
-            recent.zero_()
-            logged_at, seconds = step, clock.seconds()
-        bar.update()
-        if step % args.eval_every == 0:
-            nats = judge(count=1000)
-            log.write(step=step, validation_loss=nats)
-            bar.write(f"step {step}: validation loss {nats:.4f} nats per token")
-            save(fresh)
-            fresh = False
-    bar.close()
-    minutes = clock.seconds() / 60
-    save(fresh)
-    clock.stop("train_gpt.py")
+    with Progress(args, device, state) as progress:
+        del state, start
+        seen = progress.step * args.grad_accum                   # batches so far
+        batches = code_batches(codes, kept, train, batch_size, args.seed, seen, device)
+        while progress.running():
+            lr = learning_rate(args.lr, progress.step, progress.fraction(), args.warmup, args.lr_final)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["rate"]
+            mean_loss = torch.zeros((), device=device)
+            for _ in range(args.grad_accum):
+                tokens, rows = next(batches)                     # (B, N), (B,)
+                with mixed_precision(device):
+                    cond, cond_mask = train(rows, text, device)  # (B,) and None, or (B, L, E) and (B, L)
+                    # Position t sees the condition and tokens 0 .. t-1 and predicts token t: the last token
+                    # is only ever a target, and logits (B, N, V) come out.
+                    _, loss = forward(tokens[:, :-1], cond, tokens, cond_mask)
+                # Gradients of the parts add up; each divided by their number, they give the mean over all.
+                (loss / args.grad_accum).backward()
+                mean_loss += loss.detach() / args.grad_accum
+            norm = nn.utils.clip_grad_norm_(nets.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            if args.ema:
+                update_ema(best, nets, args.ema, progress.step)
+            progress.count({"loss": mean_loss, "grad_norm": norm})
+            if progress.step % args.log_every == 0:
+                means = progress.means()
+                speed = tokens_per_step * means.pop("steps_per_second")
+                progress.log(**means, lr=lr, tokens_per_second=speed)
+                progress.bar.set_postfix_str(f"loss {means['loss']:.3f} nats/token, {speed:,.0f} tokens/s",
+                                             refresh=False)
+            if progress.step % args.eval_every == 0:
+                save()
+                nats = look(count=1000)
+                progress.log(validation_loss=nats)
+                progress.bar.write(f"step {progress.step}: validation loss {nats:.4f} nats per token")
+        minutes = progress.seconds() / 60
+        save()
 
-    nats = judge(count=len(test_codes))
-    bits = nats / math.log(2) * N / size ** 2            # of the tokens: what the tokenizer lost is not in it
-    log.write(step=step, validation_loss=nats, bits_per_pixel=bits)
-    print(f"{step} steps in {minutes:.1f} minutes; over {len(test_codes):,} held-out pictures: "
+    nats = look(count=len(test_kept))
+    # Bits per pixel of the tokens: what the tokenizer lost is not in it.
+    bits = nats / math.log(2) * N / about["data"]["size"] ** 2
+    progress.log(validation_loss=nats, bits_per_pixel=bits)
+    print(f"{progress.step} steps in {minutes:.1f} minutes; over {len(test_kept):,} held-out pictures: "
           f"{nats:.4f} nats per token, {bits:.4f} bits per pixel (ln {gpt.config.vocab_size} = "
           f"{math.log(gpt.config.vocab_size):.2f})")
     print(f"wrote {args.out} and {preview}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import GPT, GPT_SIZES, GPTConfig, RMSNorm, apply_rope, load_gpt, rope_table
-from tokenizer import InputError
+from runs import InputError
 
 SMALL = dict(dim=64, n_layer=3, n_head=4, vocab_size=96, block_size=16, num_classes=10)
 

@@ -20,9 +20,10 @@ from conftest import ROOT
 from model import GPT, GPTConfig, load_gpt
 from test_text import write_t5
 from text import tiny_text_encoder, tiny_text_encoder_from
-from tokenizer import InputError, VQConfig, VQModel, load_tokenizer
-from train_vq import (LPIPS, PatchDiscriminator, adaptive_weight, discriminator_loss, evaluate,
-                      generator_loss, learning_rate, load_lpips, restart_dead_codes, update_ema)
+from runs import InputError, Progress, learning_rate, update_ema
+from tokenizer import VQConfig, VQModel, evaluate, load_tokenizer
+from train_vq import (LPIPS, PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss,
+                      load_lpips, restart_dead_codes)
 
 QUICK = ["--limit", "64", "--device", "cpu", "--batch-size", "8", "--log-every", "1", "--eval-every", "2"]
 
@@ -41,14 +42,14 @@ def run_gpt(tmp_path, *flags):
 @contextlib.contextmanager
 def ctrl_c(module, step):
     """The training loop of `module` gets a Ctrl-C before this step, and ends as it should."""
-    class Interrupted(train_vq.Clock):
-        def running(self, now):
-            if now == step:
+    class Interrupted(Progress):
+        def running(self):
+            if self.step == step:
                 signal.raise_signal(signal.SIGINT)
-            return super().running(now)
+            return super().running()
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="--resume"):
-        patch.setattr(module, "Clock", Interrupted)
+        patch.setattr(module, "Progress", Interrupted)
         yield
 
 
@@ -385,7 +386,7 @@ def test_captioned_files_train_end_to_end(trained, tmp_path):
 
 
 def test_codes_that_were_extracted_before_are_used_and_have_to_fit(trained, tmp_path):
-    extract = ["extract", "--data", "shapes", "--limit", "20", "--vq", str(trained / "vq.pt"), "--captions"]
+    extract = ["extract", "--data", "shapes", "--limit", "20", "--vq", str(trained / "vq.pt"), "--cond", "text"]
     data.main(data.get_args([*extract, "--out", str(tmp_path / "codes")]))
     for cond in ("class", "text"):
         run_gpt(tmp_path, "--vq", str(trained / "vq.pt"), "--codes", str(tmp_path / "codes"), "--steps", "1",
