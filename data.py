@@ -698,7 +698,8 @@ def extract_codes(vq, vq_hash, data, folder, device, batch_size=32):
             codes.rows[batch] = tokens.unflatten(0, images.shape[:2]).cpu().numpy()
             codes.done[batch] = np.where(labels.numpy() < 0, codes.SKIPPED, codes.DONE)
             bar.update(len(batch))
-    skipped = codes.skipped()
+    wait_for_all()
+    skipped = np.flatnonzero(codes.done == codes.SKIPPED)
     if rank_and_world()[0] == 0:
         data.warn(skipped)
         labels = data.labels.numpy().copy()

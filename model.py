@@ -153,7 +153,7 @@ class Attention(nn.Module):
         # q (B, H, S, d)   k, v (B, G, S, d)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.update(place, k, v)             # (B, G, L + N, d): the mask hides what is yet to come
+            k, v = cache.update(place, k, v)             # the mask hides the places that are still empty
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            enable_gqa=self.n_kv_head != self.n_head)
         return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2)))
@@ -187,8 +187,8 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def skip_path(self, x):
-        """Stochastic depth (Huang 2016): in training, drop a branch for whole samples, and scale up the rest so
-        that the mean stays."""
+        """Stochastic depth (Huang 2016): in training, drop a branch for whole samples, and scale up the rest
+        so that the mean stays."""
         if self.drop_path == 0 or not self.training:
             return x
         keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path

@@ -34,8 +34,8 @@ SETTINGS = {("class", "own"): (2.5, 0.5), ("class", "released"): (4.0, 1.0),
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
-    """Keep the top_k largest logits (B, V), of those the most probable ones that reach top_p together; set the
-    others to -inf. Ties with the k-th largest stay, and the token that crosses top_p. 0 and 1.0: keep all."""
+    """Keep the top_k largest logits (B, V), and of those the most probable ones that reach top_p together;
+    the rest is -inf. Ties with the k-th largest stay, and the token that crosses top_p. 0 and 1.0 keep all."""
     V = logits.shape[-1]
     if 0 < top_k < V:
         kth = logits.topk(top_k).values[:, -1:]                  # (B, 1)
@@ -135,8 +135,8 @@ def load_models(args, device):
                          f"run train_gpt.py again")
     own = "class_names" in checkpoint
     f = vq.config.downsample
-    if not own and f != 16:              # vq_ds8 has the same V, but no released GPT was trained on its tokens
-        raise InputError(f"{apart}is a released one, for tokens of 16 x 16 pixels, this tokenizer makes one of "
+    if not own and f != 16:   # vq_ds8.pt has the same V, but no released GPT was trained on its tokens
+        raise InputError(f"{apart}is a released one, for tokens of 16 x 16 pixels, this tokenizer's are of "
                          f"{f} x {f}: pass vq_ds16_c2i.pt or vq_ds16_t2i.pt")
     text = load_text_encoder(args, checkpoint, gpt, device) if gpt.config.model_type == "t2i" else None
     K = gpt.config.num_classes
@@ -232,7 +232,8 @@ def sample_all(models, conditions, rows, images, args, device, array=None):
     seconds = time.perf_counter() - started
     if count:
         speed, N = count / seconds, models[0].config.block_size
-        print(f"{count} images in {seconds:.1f} s on {device}: {speed * N:,.0f} tokens/s, {speed:.2f} images/s")
+        print(f"{count} images in {seconds:.1f} s on {device}: {speed * N:,.0f} tokens/s, "
+              f"{speed:.2f} images/s")
 
 
 def sample_grid(models, conditions, chosen, per_class, side, args, device):

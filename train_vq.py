@@ -155,7 +155,9 @@ def restart_dead_codes(vq, counts, images):
     """
     z = F.normalize(vq.encode(images).float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)      # (B N, C)
     distance = 2 - 2 * (z @ vq.quantize.codes().T).amax(dim=1)                       # |z - e|^2 on the sphere
-    chosen = torch.multinomial(distance.clamp(min=1e-6), len(counts), replacement=True)
+    # Of NaN nothing can be drawn. A run with NaN latents is past saving, which its next loss will show.
+    chance = distance.nan_to_num(0).clamp(min=1e-6)                                          # (B N,)
+    chosen = torch.multinomial(chance, len(counts), replacement=True)                        # (V,)
     weight = vq.quantize.embedding.weight
     weight.copy_(torch.where((counts == 0)[:, None], z[chosen].to(weight.dtype), weight))
 
@@ -214,8 +216,8 @@ def prepare_model(args, state, device):
                          f"is the most")
     if args.image_size % config.downsample:
         f = config.downsample
-        raise InputError(f"--image-size {args.image_size}: {name} makes one token of {f} x {f} pixels, so the "
-                         f"size has to be a multiple of {f}")
+        raise InputError(f"--image-size {args.image_size}: {name} makes one token of {f} x {f} pixels, so "
+                         f"the size has to be a multiple of {f}")
     if state and state["config"] != asdict(config):
         raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
     vq = VQModel(config)
@@ -314,7 +316,6 @@ def main(args):
             progress.count(losses)
             # No restarts near the end: the decoder needs time to learn what a moved entry means.
             if args.restart_every and progress.step % args.restart_every == 0 and done < 0.8:
-                progress.check()                                 # of NaN no latent could be drawn
                 restart_dead_codes(vq, since_restart, images)
                 since_restart.zero_()
             if progress.step % args.log_every == 0:
@@ -335,7 +336,8 @@ def main(args):
     psnr, usage, perplexity = evaluate(best.eval(), test, device, batch_size)
     progress.log(test_psnr=psnr, test_usage=usage, test_perplexity=perplexity)
     print(f"{progress.step} steps in {minutes:.1f} minutes; over {len(test):,} test pictures: PSNR "
-          f"{psnr:.2f} dB, {usage:.1%} of {config.codebook_size:,} codebook entries used, perplexity {perplexity:.0f}")
+          f"{psnr:.2f} dB, {usage:.1%} of {config.codebook_size:,} codebook entries used, perplexity "
+          f"{perplexity:.0f}")
     print(f"wrote {args.out} and {preview}")
 
 

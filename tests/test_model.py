@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPT_SIZES, GPTConfig, RMSNorm, apply_rope, load_gpt, rope_table
+from model import GPT, GPT_SIZES, GPTConfig, KVCache, RMSNorm, apply_rope, load_gpt, rope_table
 from runs import InputError
 
 SMALL = dict(dim=64, n_layer=3, n_head=4, vocab_size=96, block_size=16, num_classes=10)
@@ -157,7 +157,8 @@ def test_it_overfits_one_batch():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(block_size=15), "square"), (dict(dim=60), "multiple of 4"), (dict(n_kv_head=3),
-                                                                       "multiple of n_kv_head")])
+                                                                       "multiple of n_kv_head"),
+    (dict(model_type="t2I"), "has to be c2i or t2i")])
 def test_impossible_configurations_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         GPTConfig(**{**SMALL, **changes})
@@ -185,6 +186,18 @@ def test_a_gpt_of_unknown_size_says_which_shapes_it_found(tmp_path):
     torch.save(small_gpt().state_dict(), tmp_path / "odd.pt")
     with pytest.raises(InputError, match="3 layers of width 64"):
         load_gpt(tmp_path / "odd.pt")
+
+
+def test_the_cache_keeps_what_was_written_and_hands_out_all_places():
+    cache = KVCache(R=2, G=3, length=5, d=4, dtype=torch.float32, device="cpu")
+    first, second = torch.randn(2, 2, 3, 2, 4), torch.randn(2, 2, 3, 1, 4)
+    cache.update(torch.tensor([0, 1]), *first)
+    k, v = cache.update(torch.tensor([3]), *second)
+    for found, a, b in ((k, first[0], second[0]), (v, first[1], second[1])):
+        assert torch.equal(found[:, :, :2], a) and torch.equal(found[:, :, 3:4], b)
+        assert (found[:, :, [2, 4]] == 0).all()
+    cache.keep_first(1)
+    assert cache.k.shape == (1, 3, 5, 4) and torch.equal(cache.k, k[:1])
 
 
 @pytest.mark.cuda

@@ -7,15 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import fid
 import sample
-from data import image_grid, imagenet_names, to_uint8
+from data import image_grid, imagenet_names
 from model import GPT, GPT_SIZES, GPTConfig
 from sample import draw, filter_logits, generate, get_args, main, parse_classes
 from test_text import write_t5
 from text import saved_text_encoder, tiny_text_encoder
-from tokenizer import InputError, VQConfig, VQModel, weights_hash
+from runs import InputError, weights_hash
+from tokenizer import VQConfig, VQModel, to_uint8
 
 SMALL = dict(dim=64, n_layer=2, n_head=4, vocab_size=64, block_size=16, num_classes=10)
 
@@ -65,7 +64,7 @@ def test_grouped_heads_decode_like_the_full_forward_with_a_smaller_cache():
     gpt = GPT(GPTConfig(**SMALL, n_kv_head=2)).eval()
     torch.nn.init.normal_(gpt.output.weight)
     cond = torch.tensor([1, 7])
-    assert gpt.new_cache(2)[0][0].shape == (2, 2, 17, 16)
+    assert [cache.k.shape for cache in gpt.new_caches(2)] == [(2, 2, 17, 16)] * 2
     assert torch.equal(generate(gpt, cond, cfg_scale=2.0, top_k=1), slow_generate(gpt, cond, 2.0))
 
 
@@ -74,8 +73,8 @@ def test_scale_zero_is_unconditional_and_scale_one_never_runs_a_second_row(gpt, 
     cond = torch.tensor([1, 2])
     assert torch.equal(generate(gpt, cond, cfg_scale=0.0, top_k=1), generate(gpt, null, top_k=1))
     rows = []
-    new_cache = gpt.new_cache
-    monkeypatch.setattr(gpt, "new_cache", lambda n: rows.append(n) or new_cache(n))
+    new_caches = gpt.new_caches
+    monkeypatch.setattr(gpt, "new_caches", lambda R: rows.append(R) or new_caches(R))
     generate(gpt, cond, cfg_scale=1.0)
     generate(gpt, cond, cfg_scale=1.5)
     assert rows == [2, 4]
@@ -144,10 +143,10 @@ def test_pixels_are_clamped_and_truncated_like_the_released_samplers():
 
 def test_class_names_and_numbers_are_understood_and_others_refused():
     names = ["cat", "dog", "7"]
-    assert parse_classes("dog, 0,cat", names) == [1, 0, 0]
+    assert parse_classes(["dog, 0,cat"], names) == parse_classes(["dog", "0", "Cat"], names) == [1, 0, 0]
     for wrong in ("3", "-1", "horse", "1,,2", ""):
         with pytest.raises(InputError, match="0 to 2"):
-            parse_classes(wrong, names)
+            parse_classes([wrong], names)
 
 
 def test_a_grid_is_labelled_on_the_left_and_holds_every_picture():
@@ -160,7 +159,7 @@ def test_a_grid_is_labelled_on_the_left_and_holds_every_picture():
 def test_imagenet_classes_have_their_names():
     names = imagenet_names()
     assert len(set(names)) == 1000
-    assert parse_classes("golden retriever,360, Loggerhead ,volcano", names) == [207, 360, 33, 980]
+    assert parse_classes(["golden retriever", "360", " Loggerhead ,volcano"], names) == [207, 360, 33, 980]
 
 
 def test_titles_stand_above_the_pictures_and_long_ones_are_cut():
@@ -207,11 +206,11 @@ def test_a_killed_npz_goes_on_where_it_was_and_equals_one_that_was_not(tmp_path,
     main(get_args([*flags, str(tmp_path / "whole.npz")]))
     drawn, real = [], sample.sample_batch
 
-    def die_in_the_third(gpt, vq, conditions, labels, number, *rest):
-        drawn.append(number)
+    def die_in_the_third(models, conditions, rows, batch, *rest):
+        drawn.append(batch)
         if len(drawn) == 3:
             raise RuntimeError("killed")
-        return real(gpt, vq, conditions, labels, number, *rest)
+        return real(models, conditions, rows, batch, *rest)
     monkeypatch.setattr(sample, "sample_batch", die_in_the_third)
     with pytest.raises(RuntimeError, match="killed"):
         main(get_args([*flags, str(tmp_path / "parts.npz")]))
@@ -224,6 +223,64 @@ def test_a_killed_npz_goes_on_where_it_was_and_equals_one_that_was_not(tmp_path,
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("parts.npz.")]
 
 
+def test_killed_while_packing_nothing_is_drawn_twice(tmp_path, checkpoints, monkeypatch):
+    flags = [*checkpoints, "--num-samples", "12", "--batch-size", "5", "--npz", str(tmp_path / "s.npz")]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(sample.np, "savez", lambda *args, **named: (_ for _ in ()).throw(RuntimeError("killed")))
+        main(get_args(flags))
+    assert not (tmp_path / "s.npz").exists()
+    monkeypatch.setattr(sample, "sample_batch", None)            # whoever draws again fails
+    main(get_args(flags))
+    with np.load(tmp_path / "s.npz") as file:
+        assert file["arr_0"].shape == (12, 8, 8, 3) and file["arr_0"].std() > 0
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("s.npz.")]
+
+
+def test_unfinished_work_is_not_continued_under_other_flags(tmp_path, checkpoints, monkeypatch):
+    drawn, real = [], sample.sample_batch
+
+    def die_in_the_second(models, conditions, rows, batch, *rest):
+        drawn.append(batch)
+        if len(drawn) == 2:
+            raise RuntimeError("killed")
+        return real(models, conditions, rows, batch, *rest)
+    monkeypatch.setattr(sample, "sample_batch", die_in_the_second)
+    flags = [*checkpoints, "--num-samples", "12", "--batch-size", "5", "--npz", str(tmp_path / "s.npz")]
+    with pytest.raises(RuntimeError, match="killed"):
+        main(get_args(flags))
+    main(get_args([*flags, "--cfg-scale", "3"]))
+    assert drawn == [0, 1, 0, 1, 2]
+
+
+def test_more_prompts_or_classes_than_pictures_are_all_drawn_or_the_rest_is_told(tmp_path, checkpoints, capsys):
+    args = get_args([*checkpoints, "--npz", "x.npz"])
+    assert np.bincount(sample.balanced(list(range(1500)), args)).tolist() == [1] * 1500
+    assert len(sample.balanced([3, 1], args)) == 1000 and capsys.readouterr().err == ""
+    args = get_args([*checkpoints, "--npz", "x.npz", "--num-samples", "2"])
+    assert sample.balanced([5, 6, 7], args).tolist() == [5, 6]
+    assert "leaves room for the first 2 of 3 classes or prompts only" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_as_many_codes_but_another_grid_is_refused_for_a_released_gpt(tmp_path):
+    gpt = GPT(GPTConfig(**GPT_SIZES["tiny"], vocab_size=64, block_size=16, num_classes=1000))
+    torch.save({"model": gpt.state_dict()}, tmp_path / "gpt.pt")
+    vq = VQModel(VQConfig(codebook_size=64, ch=32, ch_mult=(1, 1, 1, 1), z_channels=32, num_res_blocks=1))
+    torch.save({"model": vq.state_dict()}, tmp_path / "vq8.pt")
+    flags = ["--gpt", str(tmp_path / "gpt.pt"), "--image-size", "64", "--classes", "1", "--out",
+             str(tmp_path / "x.png")]
+    with pytest.raises(InputError, match="tokens of 16 x 16 pixels, this tokenizer's are of 8 x 8"):
+        main(get_args([*flags, "--vq", str(tmp_path / "vq8.pt"), "--device", "cpu"]))
+    main(get_args([*flags, *sixteen(tmp_path)]))
+    assert (tmp_path / "x.png").exists()
+
+
+def sixteen(folder):
+    """A tokenizer like the released ones, one token for 16 x 16 pixels, as flags."""
+    vq = VQModel(VQConfig(codebook_size=64, ch=32, ch_mult=(1, 1, 1, 1, 1), z_channels=32, num_res_blocks=1))
+    torch.save({"model": vq.state_dict()}, folder / "vq16.pt")
+    return ["--vq", str(folder / "vq16.pt"), "--device", "cpu"]
+
+
 def test_a_released_gpt_draws_one_picture_of_each_imagenet_class(tmp_path, checkpoints, monkeypatch):
     released = GPT(GPTConfig(**GPT_SIZES["tiny"], vocab_size=64, block_size=9, num_classes=1000))
     torch.nn.init.normal_(released.output.weight)
@@ -234,11 +291,11 @@ def test_a_released_gpt_draws_one_picture_of_each_imagenet_class(tmp_path, check
         sheets.append((args, named))
         return image_grid(*args, **named)
     monkeypatch.setattr(sample, "image_grid", remember)
-    flags = ["--gpt", str(tmp_path / "released.pt"), *checkpoints[2:], "--out", str(tmp_path / "grid.png")]
+    flags = ["--gpt", str(tmp_path / "released.pt"), *sixteen(tmp_path), "--out", str(tmp_path / "grid.png")]
     args = get_args([*flags, "--image-size", "48", "--classes", "207,otter,22", "--top-k", "30"])
     main(args)
     (images, columns), named = sheets[0]
-    assert images.shape == (3, 6, 6, 3) and columns == 4
+    assert images.shape == (3, 48, 48, 3) and columns == 4
     assert named["titles"] == ["golden retriever", "otter", "bald eagle"]
     assert (args.cfg_scale, args.temperature) == (4.0, 1.0)
     with pytest.raises(InputError, match="multiple of 16"):
@@ -326,7 +383,7 @@ def test_a_released_text_model_asks_for_its_encoder_and_refuses_one_of_another_w
                        caption_dim=24)
     gpt = GPT(config)
     torch.save({"model": gpt.state_dict()}, tmp_path / "t2i.pt")
-    flags = ["--gpt", str(tmp_path / "t2i.pt"), *checkpoints[2:], "--image-size", "48", "--prompts", "a star",
+    flags = ["--gpt", str(tmp_path / "t2i.pt"), *sixteen(tmp_path), "--image-size", "48", "--prompts", "a star",
              "--out", str(tmp_path / "x.png")]
     with pytest.raises(InputError, match="flan-t5-xl"):
         main(get_args(flags))
@@ -339,19 +396,6 @@ def test_a_released_text_model_asks_for_its_encoder_and_refuses_one_of_another_w
     torch.save({"model": wide.state_dict()}, tmp_path / "t2i.pt")
     with pytest.raises(InputError, match="features of width 32, the encoder gives 24"):
         main(get_args([*flags, "--text-encoder", str(tmp_path / "t5")]))
-
-
-def test_alignment_asks_about_one_and_two_shapes_seen_and_held_out(text_checkpoints, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(sample.fid, "agreement", lambda images, captions, device:
-                        asked.append((images.shape, captions)) or {"Kind": 0.5})
-    main(get_args([*text_checkpoints, "--alignment", "6"]))
-    assert [shape for shape, _ in asked] == [(6, 3, 6, 6)] * 4
-    kinds_of = [{("shapes" in item, any(map(data.held_out, item.get("shapes", [item]))))
-                 for item in map(fid.parse_caption, captions)} for _, captions in asked]
-    assert kinds_of == [{(False, False)}, {(True, False)}, {(False, True)}, {(True, True)}]
-    out = capsys.readouterr().out
-    assert "6 pictures of two shapes, held-out combinations: Kind 50.0%" in out and out.count("seen") == 2
 
 
 @pytest.mark.parametrize("given, interval", [(0, 3), (3, 3), (4, 3), (5, 3), (9, 3), (5, 4)])

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenizer import (VQ_SIZES, InputError, VectorQuantizer, VQConfig, VQModel, load_tokenizer,
-                       read_checkpoint,
-                       weights_hash)
+import tokenizer
+from runs import InputError, read_checkpoint, weights_hash
+from tokenizer import (VQ_SIZES, VectorQuantizer, VQConfig, VQModel, load_tokenizer, pass_size, to_float,
+                       to_pictures, to_uint8, tokenize_in_passes)
 
 TINY = dict(codebook_size=64, ch=32, ch_mult=(1, 2), z_channels=32)
 
@@ -139,3 +140,28 @@ def test_a_gpt_or_a_misshapen_file_is_not_taken_for_a_tokenizer(tmp_path):
         load_tokenizer(tmp_path / "none.pt")
     with pytest.raises(InputError, match="folder"):
         load_tokenizer(tmp_path)
+
+
+def test_passes_bound_the_pixels_of_a_batch_for_any_size():
+    assert [pass_size(side, side) for side in (32, 256, 384, 512, 1024, 4096)] == [32, 16, 7, 4, 1, 1]
+
+
+def test_pictures_are_decoded_pass_by_pass_as_they_would_be_at_once(monkeypatch):
+    monkeypatch.setattr(tokenizer, "pass_size", lambda H, W: 3)
+    vq = VQModel(VQConfig(**TINY)).eval()
+    tokens, sizes, detokenize = torch.randint(64, (8, 64)), [], vq.detokenize
+    with torch.no_grad():
+        expected, small = detokenize(tokens), F.interpolate(detokenize(tokens), size=(12, 12), mode="bicubic")
+    monkeypatch.setattr(vq, "detokenize", lambda block: sizes.append(len(block)) or detokenize(block))
+    for side, images in ((None, expected), (12, small)):
+        assert (to_pictures(vq, tokens, side).int() - to_uint8(images).int()).abs().max() <= 1
+    assert sizes == [3, 3, 2] * 2
+
+
+def test_tokens_do_not_depend_on_how_pictures_are_grouped(monkeypatch):
+    vq = VQModel(VQConfig(**TINY)).eval()
+    images = torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
+    whole = tokenize_in_passes(vq, images, "cpu")
+    assert torch.equal(whole[:7], tokenize_in_passes(vq, images[:7], "cpu"))
+    assert torch.equal(whole, torch.cat([tokenize_in_passes(vq, block, "cpu") for block in images.split(9)]))
+    assert torch.equal(whole[:32], vq.tokenize(to_float(images[:32])))

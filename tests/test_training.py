@@ -1,6 +1,7 @@
 """pytest -q tests/test_training.py      Both training scripts: losses,
 schedule, a few real steps, resuming."""
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -14,12 +15,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import runs
+import sample
 import train_gpt
 import train_vq
 from conftest import ROOT
 from model import GPT, GPTConfig, load_gpt
 from test_text import write_t5
-from text import tiny_text_encoder, tiny_text_encoder_from
+from text import Classes, tiny_text_encoder, tiny_text_encoder_from
 from runs import InputError, Progress, learning_rate, update_ema
 from tokenizer import VQConfig, VQModel, evaluate, load_tokenizer
 from train_vq import (LPIPS, PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss,
@@ -137,14 +140,29 @@ def test_lpips_follows_its_formula_is_zero_for_equal_pictures_and_frozen(lpips_f
     torch.testing.assert_close(distance.detach().flatten(), total)
 
 
-def test_lpips_is_switched_off_with_one_line_where_its_weights_are_missing(tmp_path, monkeypatch, capsys):
+def test_lpips_has_a_finite_gradient_where_all_channels_are_zero(lpips_files):
+    lpips = LPIPS(*lpips_files)
+    lpips.features[0].bias.data.fill_(-100)                      # the first ReLU lets nothing pass
+    a = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
+    lpips(a, torch.zeros_like(a)).sum().backward()
+    assert a.grad.isfinite().all()
+    x = torch.zeros(1, 2, 1, 1, requires_grad=True)              # and without a ReLU in front of it
+    F.normalize(x, eps=1e-10).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"], ["--vgg", "typo.pth"]])
+def test_lpips_that_is_asked_for_but_cannot_be_had_ends_the_run_before_it_begins(tmp_path, monkeypatch, flags):
     def missing(group, name, data_dir=None):
         raise InputError(f"get {name}")
+    if "--resume" in flags:
+        run_vq(tmp_path, "--steps", "1", "--lpips-weight", "0")
+        state = torch.load(tmp_path / "vq.pt", weights_only=True)
+        torch.save({**state, "args": {**state["args"], "lpips_weight": 1.0}}, tmp_path / "vq.pt")
     monkeypatch.setattr(train_vq, "find_file", missing)
-    assert load_lpips(train_vq.get_args(["--lpips-weight", "1"])) is None
-    assert capsys.readouterr().out == "LPIPS is off: get vgg16-397923af.pth\n"
-    with pytest.raises(InputError):
-        load_lpips(train_vq.get_args(["--lpips-weight", "1", "--vgg", str(tmp_path / "typo.pth")]))
+    with pytest.raises(InputError, match="vgg16-397923af.pth|typo.pth|vgg.pth"):
+        run_vq(tmp_path, "--steps", "2", "--lpips-weight", "1", *flags)
+    assert load_lpips(train_vq.get_args([]), "cpu") is None      # not asked for: no file is looked for
 
 
 # parts
@@ -185,9 +203,12 @@ def test_psnr_usage_and_perplexity_have_their_definitions():
             return torch.tensor([[0, 1]]).repeat(len(images), 1)
 
         def detokenize(self, tokens):
-            return self.images + 2 / 127.5
+            return self.images[:len(tokens)] + 2 / 127.5
 
     class Grey:
+        def __len__(self):
+            return 3
+
         def passes(self, batch_size):
             yield torch.full((3, 1, 3, 8, 8), 100, dtype=torch.uint8), None
 
@@ -209,16 +230,17 @@ def load_gpt_config():
     return GPT(GPTConfig(dim=32, n_layer=2, n_head=2, vocab_size=16, block_size=4))
 
 
-def test_batches_of_codes_pick_a_random_crop_of_each_picture():
-    codes = np.arange(6 * 4 * 3).reshape(6, 4, 3).astype(np.uint16)
-    labels = np.arange(6)
-    classes = train_gpt.Classes(labels, ["a"] * 6)
-    batches = train_gpt.code_batches(codes, classes, 6, seed=0, device=torch.device("cpu"))
+def test_batches_of_codes_pick_a_random_crop_of_each_picture_that_could_be_read():
+    codes = np.arange(7 * 4 * 3).reshape(7, 4, 3).astype(np.uint16)
+    labels = np.array([0, 1, 2, -1, 4, 5, 6])
+    classes, kept = Classes(list("abcdefg"), labels), np.flatnonzero(labels >= 0)
+    batches = train_gpt.code_batches(codes, kept, classes, 6, seed=0, device=torch.device("cpu"))
     crops = set()
     for _ in range(10):
-        tokens, classes = next(batches)
-        assert tokens.dtype == torch.int64 and sorted(classes.tolist()) == list(range(6))
-        for row, label in zip(tokens.tolist(), classes.tolist()):
+        tokens, rows = next(batches)
+        cond, cond_mask = classes(rows, None, "cpu")
+        assert tokens.dtype == torch.int64 and sorted(cond.tolist()) == kept.tolist() and cond_mask is None
+        for row, label in zip(tokens.tolist(), cond.tolist()):
             assert row in codes[label].tolist()
             crops.add(codes[label].tolist().index(row))
     assert crops == {0, 1, 2, 3}
@@ -391,7 +413,7 @@ def test_codes_that_were_extracted_before_are_used_and_have_to_fit(trained, tmp_
     for cond in ("class", "text"):
         run_gpt(tmp_path, "--vq", str(trained / "vq.pt"), "--codes", str(tmp_path / "codes"), "--steps", "1",
                 "--cond", cond)
-    assert not (tmp_path / "gpt" / "codes").exists()
+    assert {path.name for path in (tmp_path / "codes").iterdir()} == {"train", "test"}   # none made beside --out
     run_vq(tmp_path, "--steps", "1", "--seed", "9")
     with pytest.raises(InputError, match="do not belong together"):
         run_gpt(tmp_path, "--codes", str(tmp_path / "codes"), "--steps", "1")
@@ -437,43 +459,245 @@ def test_both_scripts_train_and_resume_on_cuda(tmp_path):
 
 # wrong input: one line, exit status not 0, nothing damaged
 
-def command(*words, cwd):
-    return subprocess.run([sys.executable, *(str(word) for word in words)], cwd=cwd, capture_output=True,
-                          text=True)
-
-
-def test_wrong_input_is_one_clear_line_and_not_a_traceback(trained, tmp_path):
+def test_wrong_input_is_one_clear_line_and_not_a_traceback(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     (tmp_path / "empty").mkdir()
-    for script, flags, expected in [
-        ("train_vq.py", ["--data", "nonsense"], "nonsense"),
-        ("train_vq.py", ["--data", tmp_path / "empty"], "no pictures"),
-        ("train_vq.py", ["--codebook-size", "70000"], "65,536"),
-        ("train_vq.py", ["--steps", "0"], "not above zero"),
-        ("train_vq.py", ["--image-size", "30"], "multiple of 4"),
-        ("train_vq.py", ["--resume", "--out", tmp_path / "none.pt"], "does not exist"),
-        ("train_vq.py", ["--device", "warp"], "--device warp"),
-        ("train_vq.py", ["--steps", "1", "--out", "/proc/none/vq.pt"], "/proc/none"),
-        ("train_gpt.py", ["--seed", "-1"], "below zero"),
-        ("train_gpt.py", ["--dropout", "1.5"], "between 0 and 1"),
-        ("train_gpt.py", ["--resume", "--out", trained / "vq.pt"], "not written by this script"),
-        ("train_gpt.py", ["--vq", trained / "vq.pt", "--data", "mnist", "--cond", "text"], "no captions"),
-        ("train_gpt.py", ["--vq", tmp_path / "junk.pt"], "junk.pt"),
-        ("train_gpt.py", ["--vq", trained / "gpt.pt"], "not a tokenizer"),
-        ("sample.py", ["--gpt", trained / "gpt.pt", "--vq", trained / "vq.pt", "--classes", "10"], "0 to 9"),
-        ("sample.py", ["--gpt", trained / "vq.pt", "--vq", trained / "vq.pt"], "not a GPT"),
+    monkeypatch.chdir(tmp_path)
+    models = ["--gpt", trained / "gpt.pt", "--vq", trained / "vq.pt"]
+    for module, flags, expected in [
+        (train_vq, ["--data", "nonsense"], "nonsense"),
+        (train_vq, ["--data", tmp_path / "empty"], "no pictures"),
+        (train_vq, ["--codebook-size", "70000"], "65,536"),
+        (train_vq, ["--steps", "0"], "not above zero"),
+        (train_vq, ["--lr", "nan"], "not above zero"),
+        (train_vq, ["--image-size", "30"], "multiple of 4"),
+        (train_vq, ["--resume", "--out", tmp_path / "none.pt"], "does not exist"),
+        (train_vq, ["--device", "warp"], "--device warp"),
+        (train_vq, ["--steps", "1", "--out", "/proc/none/vq.pt"], "/proc/none"),
+        (train_gpt, ["--seed", "-1"], "not 0 or more"),
+        (train_gpt, ["--dropout", "1.5"], "between 0 and 1"),
+        (train_gpt, ["--resume", "--out", trained / "vq.pt"], "not written by this script"),
+        (train_gpt, ["--vq", trained / "vq.pt", "--data", "mnist", "--cond", "text"], "no captions"),
+        (train_gpt, ["--vq", tmp_path / "junk.pt"], "junk.pt"),
+        (train_gpt, ["--vq", trained / "gpt.pt"], "not a tokenizer"),
+        (sample, [*models, "--classes", "10"], "0 to 9"),
+        (sample, ["--temperature", "nan"], "not 0 or more"),
+        (sample, ["--cfg-interval", "-5"], "not -1 or more"),
+        (sample, ["--gpt", trained / "vq.pt", "--vq", trained / "vq.pt"], "not a GPT"),
     ]:
-        result = command(ROOT / script, *flags, cwd=tmp_path)
-        lines = result.stderr.strip().splitlines()
-        last = lines[-1]
-        assert len(lines) == 1 + (" [flags]" in lines[0]), (script, flags, lines)      # argparse says two
-        assert result.returncode != 0 and "Traceback" not in result.stderr, (script, flags, result.stderr)
-        assert expected in last and "error" in last, (script, flags, last)
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as end:
+            runs.run(module.main, module.get_args)
+        told = capsys.readouterr().err.strip().splitlines() + [end.value.code] * isinstance(end.value.code, str)
+        assert end.value.code != 0 and "error" in told[-1] and expected in told[-1], (flags, told)
+        assert len(told) == 1 + (" [flags]" in told[0]) and "\n" not in told[-1], (flags, told)    # argparse: two
 
 
-def test_resuming_with_other_settings_is_refused_and_changes_nothing(trained, tmp_path):
+def test_a_command_ends_with_one_line_and_exit_status_1(tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "train_vq.py", "--data", "nonsense"], cwd=tmp_path, text=True,
+                            capture_output=True)
+    assert result.returncode == 1 and result.stderr.startswith("error: --data nonsense")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flags", [["--codebook-size", "32"], ["--batch-size", "4"], ["--lr", "0.001"],
+                                   ["--lpips-weight", "0.5"], ["--ema", "0"], ["--cond", "text"]])
+def test_resuming_with_other_settings_names_the_flag_and_changes_nothing(tmp_path, flags):
     run_vq(tmp_path, "--steps", "1")
     before = (tmp_path / "vq.pt").read_bytes()
-    with pytest.raises(InputError, match="other settings"):
-        run_vq(tmp_path, "--steps", "2", "--resume", "--codebook-size", "32")
+    with pytest.raises(InputError, match=f"other settings, {flags[0]} .* instead of {flags[1]}"):
+        run_vq(tmp_path, "--steps", "2", "--resume", *flags)
     assert (tmp_path / "vq.pt").read_bytes() == before
+
+
+# what a run must not do
+
+def poison(module, step):
+    """A Progress for `module` that makes the numbers of this step NaN."""
+    class Poisoned(Progress):
+        def count(self, numbers):
+            bad = torch.tensor(math.nan if self.step == step - 1 else 0.0)
+            super().count({name: value + bad for name, value in numbers.items()})
+    return pytest.MonkeyPatch.context(), module, Poisoned
+
+
+@pytest.mark.parametrize("script", ["vq", "gpt"])
+def test_a_run_that_has_become_nan_ends_names_the_step_and_keeps_the_last_good_checkpoint(trained, tmp_path,
+                                                                                            script):
+    run, module = {"vq": (run_vq, train_vq), "gpt": (run_gpt, train_gpt)}[script]
+    context, module, poisoned = poison(module, step=7)
+    with context as patch, pytest.raises(InputError, match="step 7: the loss or its gradient is NaN"):
+        patch.setattr(module, "Progress", poisoned)
+        run(tmp_path, "--steps", "30", "--eval-every", "4", "--log-every", "5", "--vq",
+            str(trained / "vq.pt")) if script == "gpt" else run(tmp_path, "--steps", "30", "--eval-every", "4",
+                                                                "--log-every", "5")
+    state = torch.load(tmp_path / f"{script}.pt", weights_only=True)
+    assert state["step"] == 4 and all(weight.isfinite().all() for weight in state["model"].values())
+
+
+def test_a_learning_rate_that_is_far_too_high_ends_in_one_line_also_with_restarts(tmp_path):
+    with pytest.raises(InputError, match=r"step \d+: the loss"):
+        run_vq(tmp_path, "--steps", "40", "--lr", "1e10", "--warmup", "0", "--restart-every", "1",
+               "--eval-every", "100", "--log-every", "50")
+    assert not (tmp_path / "vq.pt").exists()
+
+
+def test_a_run_that_dies_before_its_first_save_leaves_the_old_checkpoint_and_the_old_log(tmp_path):
+    run_vq(tmp_path, "--steps", "2")
+    before = {name: (tmp_path / name).read_bytes() for name in ("vq.pt", "vq.jsonl")}
+    context, module, poisoned = poison(train_vq, step=1)
+    with context as patch, pytest.raises(InputError):
+        patch.setattr(module, "Progress", poisoned)
+        run_vq(tmp_path, "--steps", "2", "--seed", "1")
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    run_vq(tmp_path, "--steps", "3", "--seed", "1")
+    assert (tmp_path / "vq.previous.jsonl").read_bytes() == before["vq.jsonl"]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "vq.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 3] and not (tmp_path / "vq.new.jsonl").exists()
+
+
+def test_ctrl_c_tells_the_flags_of_this_run_and_the_handler_is_given_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "/some/kernel.json"])
+    before = signal.getsignal(signal.SIGINT)
+
+    class Interrupted(Progress):
+        def running(self):
+            signal.raise_signal(signal.SIGINT)
+            return super().running()
+    monkeypatch.setattr(train_vq, "Progress", Interrupted)
+    with pytest.raises(SystemExit) as end:
+        run_vq(tmp_path, "--steps", "2", "--data-dir", "my pictures")
+    assert "kernel.json" not in str(end.value) and "train_vq.py --limit 64" in str(end.value)
+    assert str(end.value).endswith("--data-dir 'my pictures' --resume")
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    with pytest.raises(InputError):                              # also where the loop raises
+        run_vq(tmp_path, "--steps", "40", "--lr", "1e10", "--warmup", "0")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("name, capability, expected", [("cuda", True, torch.bfloat16),
+                                                        ("cuda", False, torch.float32)])
+def test_bf16_is_used_only_where_the_card_multiplies_it(monkeypatch, name, capability, expected):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: asked.append(including_emulation) or capability)
+    assert runs.fast_dtype(torch.device(name)) == expected and asked == [False]
+
+
+def test_bf16_matrix_products_give_nearly_the_loss_of_float32():
+    gpt = GPT(GPTConfig(n_layer=2, n_head=4, dim=64, vocab_size=96, block_size=16, num_classes=3)).eval()
+    torch.nn.init.normal_(gpt.output.weight, std=0.1)
+    tokens, cond = torch.randint(96, (8, 16)), torch.randint(3, (8,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "fast_dtype", lambda device: torch.bfloat16)
+        with runs.mixed_precision(torch.device("cpu")):
+            _, half = gpt(tokens[:, :-1], cond, tokens)
+    _, whole = gpt(tokens[:, :-1], cond, tokens)
+    assert half.item() == pytest.approx(whole.item(), rel=0.01) and half.item() != whole.item()
+
+
+def test_nothing_of_the_checkpoint_is_held_while_a_resumed_run_trains(trained, tmp_path, monkeypatch):
+    import gc
+    import weakref
+    run_vq(tmp_path, "--steps", "1")
+    held, read = [], runs.read_checkpoint
+
+    class Watched(Progress):
+        def running(self):
+            gc.collect()
+            assert self.step > 1 or all(ref() is None for ref in held)
+            return super().running()
+
+    def watched(*args, **named):
+        state = read(*args, **named)
+        held.extend(weakref.ref(weight) for part in ("model", "raw") for weight in state[part].values())
+        return state
+    monkeypatch.setattr(runs, "read_checkpoint", watched)
+    monkeypatch.setattr(train_vq, "Progress", Watched)
+    run_vq(tmp_path, "--steps", "2", "--resume")
+    assert len(held) > 100
+
+
+@pytest.mark.parametrize("ema, copies", [("0.9", 2), ("0", 1)])
+def test_without_an_average_there_is_no_second_copy_of_the_weights(tmp_path, monkeypatch, ema, copies):
+    seen = []
+
+    class Counted(Progress):
+        def save(self, **contents):
+            seen.append({contents[part]["quant_conv.weight"].data_ptr() for part in ("model", "raw")})
+            super().save(**contents)
+    monkeypatch.setattr(train_vq, "Progress", Counted)
+    run_vq(tmp_path, "--steps", "1", "--ema", ema)
+    assert len(seen[0]) == copies
+
+
+def test_compiling_does_not_count_as_training(tmp_path):
+    args = train_vq.get_args(["--compile", "--minutes", "1", "--out", str(tmp_path / "x.pt")])
+    with Progress(args, torch.device("cpu"), None) as progress:
+        progress.started -= 100                                  # the first step compiles for so long
+        progress.count({"loss": torch.tensor(1.0)})
+        assert progress.seconds() < 1 and progress.running()
+        progress.started -= 100
+        progress.count({"loss": torch.tensor(1.0)})
+        assert progress.seconds() > 99 and not progress.running()
+
+
+def test_gradients_of_small_batches_add_up_to_that_of_a_large_one(trained, tmp_path):
+    flags = ["--vq", str(trained / "vq.pt"), "--steps", "1", "--class-dropout", "0", "--ema", "0", "--limit", "8"]
+    norms = []
+    for size, parts in (("8", "1"), ("4", "2")):                 # the same 8 pictures: an epoch of either
+        folder = tmp_path / size
+        folder.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runs, "fast_dtype", lambda device: torch.float32)
+            run_gpt(folder, *flags, "--batch-size", size, "--grad-accum", parts)
+        line = json.loads((folder / "gpt.jsonl").open().readline())
+        norms.append((line["loss"], line["grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_the_paper_starts_from_std_0_02_and_quick_start_does_not(trained, tmp_path):
+    flags = ["--vq", str(trained / "vq.pt"), "--steps", "1", "--lr", "1e-12", "--ema", "0"]
+    for paper, expected in ((["--paper-init"], 0.02), ([], 192 ** -0.5)):
+        weight = run_gpt(tmp_path, *flags, *paper)["model"]["layers.1.feed_forward.w1.weight"]
+        assert weight.std().item() == pytest.approx(expected, rel=0.05)
+
+
+def test_each_group_learns_at_its_share_of_the_rate(texts, tmp_path, monkeypatch):
+    rates, real = [], torch.optim.AdamW.step
+
+    def step(self, *args):
+        rates.append([(group["rate"], group["lr"]) for group in self.param_groups])
+        return real(self, *args)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run_gpt(tmp_path, "--cond", "text", "--vq", str(texts / "vq.pt"), "--steps", "2", "--lr", "0.004",
+            "--text-lr", "0.25", "--warmup", "2")
+    assert np.allclose(rates[0], [(1.0, 0.002)] * 2 + [(0.25, 0.0005)] * 2, rtol=1e-6)
+    assert np.allclose(rates[1], [(1.0, 0.004)] * 2 + [(0.25, 0.001)] * 2, rtol=1e-2)    # the cosine begins
+
+
+def test_the_discriminator_is_left_alone_until_its_start(tmp_path):
+    start = run_vq(tmp_path, "--steps", "2", "--disc-start", "2", "--eval-every", "1")["disc"]
+    more = run_vq(tmp_path, "--steps", "2", "--disc-start", "1")["disc"]
+    torch.manual_seed(0)
+    same = lambda a, b: all(torch.equal(a[name], b[name]) for name in a)
+    again = run_vq(tmp_path, "--steps", "1", "--disc-start", "1")["disc"]
+    assert same(start, again) and not same(start, more)
+    assert "gan" not in (tmp_path / "vq.jsonl").read_text()
+
+
+@pytest.mark.parametrize("script", ["vq", "gpt"])
+def test_compiled_training_learns_what_eager_training_learns(trained, tmp_path, monkeypatch, script):
+    # aot_eager captures the forward and the backward graph as the default backend does, without a compiler
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    losses = []
+    for flags in ([], ["--compile"]):
+        folder = tmp_path / f"run{len(losses)}"
+        folder.mkdir()
+        vq = [] if script == "vq" else ["--vq", str(trained / "vq.pt")]
+        {"vq": run_vq, "gpt": run_gpt}[script](folder, "--steps", "3", *vq, *flags)
+        lines = [json.loads(line) for line in (folder / f"{script}.jsonl").read_text().splitlines()]
+        losses.append([line.get("loss", line.get("l2")) for line in lines if "lr" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
