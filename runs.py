@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext
@@ -42,7 +43,7 @@ def explained(what, cure="", kinds=Exception):
     except InputError:
         raise
     except kinds as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise InputError(f"{what} ({reason})" + (f": {cure}" if cure else "")) from None
 
 
@@ -93,31 +94,30 @@ class FlagParser(argparse.ArgumentParser):
         return args
 
 
-def add_device_flag(group):
-    group.add_argument("--device", help="cuda, mps or cpu; the best one present if left out")
+DEVICE_HELP = "cuda, mps or cpu; the best one present if left out"
 
 
 def add_training_flags(parser, out, minutes):
     """The flags that train_vq.py and train_gpt.py share. out, minutes: each script's own defaults."""
-    group = parser.add_argument_group("data and files")
-    group.add_argument("--data", default="shapes",
-                       help="shapes, fashion_mnist, mnist, cifar10; a folder of pictures; .jsonl; .tar")
-    group.add_argument("--data-dir", help="where to look for the data set's files first")
-    group.add_argument("--limit", type=counting, help="use only so many pictures of each split")
-    group.add_argument("--cond", default="class", choices=("class", "text"),
-                       help="what comes with a picture: its class or a caption (of shapes: scenes too)")
-    group.add_argument("--out", default=out, help="the checkpoint; its log and preview are written beside it")
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add = parser.add_argument_group("data and files").add_argument
+    add("--data", default="shapes",
+        help="shapes, fashion_mnist, mnist, cifar10; a folder of pictures; .jsonl; .tar")
+    add("--data-dir", help="where to look for the data set's files first")
+    add("--limit", type=counting, help="use only so many pictures of each split")
+    add("--cond", default="class", choices=("class", "text"),
+        help="what comes with a picture: its class or a caption (of shapes: scenes too)")
+    add("--out", default=out, help="the checkpoint; its log and preview are written beside it")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
     group = parser.add_argument_group("how long and where")
-    length = group.add_mutually_exclusive_group()
+    add, length = group.add_argument, group.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=positive, default=minutes, help="fit training into this time")
     length.add_argument("--steps", type=counting, help="train for this many steps instead")
-    add_device_flag(group)
-    group.add_argument("--seed", type=natural, default=0, help="of weights, order of the data and dropout")
-    group.add_argument("--compile", action="store_true",
-                       help="torch.compile the forward and backward pass: slow start, faster steps")
-    group.add_argument("--eval-every", type=counting, default=500, help="steps between checkpoints")
-    group.add_argument("--log-every", type=counting, default=20, help="steps between lines of the log")
+    add("--device", help=DEVICE_HELP)
+    add("--seed", type=natural, default=0, help="of weights, order of the data and dropout")
+    add("--compile", action="store_true",
+        help="torch.compile the forward and backward pass: slow start, faster steps")
+    add("--eval-every", type=counting, default=500, help="steps between checkpoints")
+    add("--log-every", type=counting, default=20, help="steps between lines of the log")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -284,15 +284,15 @@ class Progress:
         self.interrupted = True
         signal.signal(signal.SIGINT, self.handler)               # a second Ctrl-C stops at once
 
-    def seconds(self):
-        return time.perf_counter() - self.started
+    def running(self):
+        return not self.interrupted and self.fraction() < 1
 
     def fraction(self):
         """0 at the start, 1 at the end, by steps or by minutes."""
         return self.step / self.args.steps if self.args.steps else self.seconds() / (60 * self.args.minutes)
 
-    def running(self):
-        return not self.interrupted and self.fraction() < 1
+    def seconds(self):
+        return time.perf_counter() - self.started
 
     def begin_stretch(self):
         """From here on numbers are added up, until `means` asks for them."""
@@ -387,27 +387,25 @@ def read_checkpoint(path, mmap=False):
     if not Path(path).is_file():
         raise InputError(f"{path} is a folder: pass the .pt file in it" if Path(path).is_dir() else
                          f"{path} does not exist: train it first, or pass the right path")
-    with explained(f"{path} cannot be read as a checkpoint of plain weights, and nothing in it was run"):
+    try:
         # weights_only refuses every class but tensors and plain containers. Namespace is a bag of flags.
         with torch.serialization.safe_globals([argparse.Namespace]):
             mmap = mmap and zipfile.is_zipfile(path)     # files from before torch 1.6 cannot be mapped
             file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception:                                    # the reason is long and advises to run hidden code
+        raise InputError(f"{path} cannot be read as a checkpoint: it is empty, damaged, no PyTorch file, or "
+                         f"holds pickled code, of which nothing was run") from None
     file = file if isinstance(file, dict) else {}
     for weights in (file.get("model"), file.get("module"), file.get("state_dict"), file):
         if isinstance(weights, dict) and weights and all(map(torch.is_tensor, weights.values())):
             return {**({} if weights is file else file), "model": weights}
-    raise InputError(f"{path} holds no weights: expected a state dict, or one under model, module or "
-                     f"state_dict")
+    raise InputError(f"{path} holds no weights, neither bare nor under model, module or state_dict")
 
 
 def fill_weights(model, weights, path, assign=False):
     """Put `weights` into `model`, copied or taken over as they are (assign); names and shapes have to fit."""
-    try:
+    with explained(f"{path} does not fit this model", kinds=RuntimeError):
         model.load_state_dict(weights, strict=True, assign=assign)
-    except RuntimeError as error:
-        first, *others = [line.strip() for line in str(error).splitlines()[1:]]
-        more = f" (and {len(others)} more)" if others else ""
-        raise InputError(f"{path} does not fit this model: {first}{more}") from None
     return model
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from data import image_grid, imagenet_names
 from model import load_gpt
-from runs import (FlagParser, InputError, SharedArray, add_device_flag, counting, explained, fast_dtype,
-                  finite, natural, not_negative, number, pick_device, rank_and_world, read_checkpoint, run,
+from runs import (DEVICE_HELP, FlagParser, InputError, SharedArray, counting, explained, fast_dtype, finite,
+                  natural, not_negative, number, pick_device, rank_and_world, read_checkpoint, run,
                   short_hash, wait_for_all, weights_hash, whole_file)
 from text import Captions, Classes, pretrained_text_encoder, tiny_text_encoder_from
 from tokenizer import load_tokenizer, to_pictures
@@ -35,7 +35,8 @@ SETTINGS = {("class", "own"): (2.5, 0.5), ("class", "released"): (4.0, 1.0),
 
 def filter_logits(logits, top_k=0, top_p=1.0):
     """Keep the top_k largest logits (B, V), and of those the most probable ones that reach top_p together;
-    the rest is -inf. Ties with the k-th largest stay, and the token that crosses top_p. 0 and 1.0 keep all."""
+    the rest is -inf. Ties with the k-th largest stay, so does the token that crosses top_p.
+    """
     V = logits.shape[-1]
     if 0 < top_k < V:
         kth = logits.topk(top_k).values[:, -1:]                  # (B, 1)
@@ -50,7 +51,11 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token per row of logits (B, V): (B,) int64."""
+    """One token per row of logits (B, V), a sample of p = softmax(logits / temperature): (B,) int64.
+
+    Below temperature 1 likely tokens become likelier; at 0 only the likeliest is left. The filters come after
+    the temperature, as in the released code.
+    """
     if top_k == 1 or temperature == 0:
         return logits.argmax(dim=-1)
     logits = filter_logits(logits / temperature, top_k, top_p)
@@ -83,12 +88,15 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
 
     # Guidance needs each sequence twice. Both go through the network as one batch, [conditional;
     # unconditional]: reading the weights is what takes the time, and they are read once for both.
+    # With s = 1 the equation gives the conditional logits alone: then there is nothing to compute twice.
     guided = cfg_scale != 1 and (cfg_interval < 0 or P <= cfg_interval + 1)
     twice = lambda x: torch.cat([x, x])
     if guided:
         cond = torch.cat([cond, gpt.cls_embedding.null(cond)])               # (R, ...)
         # The null caption is seen through the same mask, as in the training of the released models.
         cond_mask = cond_mask if cond_mask is None else twice(cond_mask)
+    # All that has a size is made here, once: in the loop every step has the same shapes, a compiled step is
+    # compiled once, and nothing is copied to the CPU before the last token is drawn.
     mask = gpt.attention_mask(cond_mask)
     caches = gpt.new_caches(len(cond))
     places = torch.arange(L + N, device=cond.device)
@@ -105,7 +113,8 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
         # The released code asks whether step i, which reads token i and makes token i + 1, is past the
         # interval; token 0 comes from the prefill, before any step. So the last guided one is token i + 1.
         if guided and cfg_interval > -1 and i > cfg_interval:
-            guided = False                                       # drop the second rows, do not compute them
+            # Drop the unconditional half instead of computing it and throwing it away.
+            guided = False
             for cache in caches:
                 cache.keep_first(B)
             mask = mask[:B] if mask.ndim == 4 else mask
@@ -123,6 +132,7 @@ def load_models(args, device):
         raise InputError(f"--image-size {args.image_size}: released GPTs draw one token per 16 pixels, so it "
                          f"has to be a multiple of 16")
     checkpoint = read_checkpoint(args.gpt, mmap=True)
+    # A GPU reads bf16 weights in half the time; on the CPU float32 gives nearly the same on every machine.
     dtype = fast_dtype(device) if device.type == "cuda" else torch.float32
     gpt = load_gpt(args.gpt, args.image_size, device, dtype, checkpoint)
     vq = load_tokenizer(args.vq, device)
@@ -209,6 +219,7 @@ def sample_batch(models, conditions, rows, batch, args, device):
     """Pictures of these classes or prompts (B,), uint8 (B, H, W, 3). The random numbers come from --seed and
     the batch's number alone, so it does not matter which process draws it, or when."""
     gpt, vq, text = models
+    # Neighbouring seeds and batches must not give similar streams: SeedSequence mixes the two numbers well.
     seed = np.random.SeedSequence((args.seed, batch)).generate_state(1, np.uint64).item()
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
@@ -277,46 +288,43 @@ def sample_npz(models, conditions, rows, side, args, device):
 
 def get_args(argv=None):
     parser = FlagParser(__file__, __doc__)
-    group = parser.add_argument_group("models")
-    group.add_argument("--gpt", default="out/gpt.pt", help="train_gpt.py's checkpoint or a released one")
-    group.add_argument("--vq", default="out/vq.pt", help="the tokenizer that the GPT was trained with")
-    group.add_argument("--text-encoder", metavar="FOLDER", help="FLAN-T5's config.json, weights and "
-                       "spiece.model, for GPTs that read its features")
-    group.add_argument("--image-size", type=counting,
-                       help="released GPTs only: pixels of its grid, 256 if left out")
+    add = parser.add_argument_group("models").add_argument
+    add("--gpt", default="out/gpt.pt", help="train_gpt.py's checkpoint or a released one")
+    add("--vq", default="out/vq.pt", help="the tokenizer that the GPT was trained with")
+    add("--text-encoder", metavar="FOLDER",
+        help="FLAN-T5's config.json, weights and spiece.model, for GPTs that read its features")
+    add("--image-size", type=counting, help="released GPTs only: pixels of its grid, 256 if left out")
     group = parser.add_argument_group("what to draw")
-    group.add_argument("--classes", nargs="+", metavar="CLASS", help="ids or names, one row each (commas "
-                       "work as well as blanks); all, at most ten, if left out")
-    prompts = group.add_mutually_exclusive_group()
+    add, prompts = group.add_argument, group.add_mutually_exclusive_group()
+    add("--classes", nargs="+", metavar="CLASS",
+        help="ids or names, one row each (commas work as well as blanks); all, at most ten, if left out")
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="captions, one row each")
     prompts.add_argument("--prompts-file", help="captions, one a line")
-    group.add_argument("--per-class", type=counting,
-                       help="pictures of each class or prompt; 8 if left out, 1 for a released GPT")
-    group.add_argument("--out", default="out/samples.png", help="the labelled grid")
-    group.add_argument("--npz", help="instead of a grid, write --num-samples pictures for fid.py")
-    group.add_argument("--num-samples", type=counting, help="pictures in the --npz; if left out 1000, or one "
-                       "of each prompt if those are more")
-    group.add_argument("--random-classes", action="store_true",
-                       help="draw the classes of the --npz at random, as the paper did, instead of balanced")
-    group.add_argument("--image-size-eval", type=counting,
-                       help="resize the pictures to this side (bicubic); 256 in the paper")
-    group = parser.add_argument_group("how to sample")
-    group.add_argument("--cfg-scale", type=finite, help="guidance; 1: none, 0: unconditional; if left out "
-                       "2.5 (with text 1.5), for a released GPT 4 (with text 7.5)")
-    group.add_argument("--cfg-interval", type=number(int, "-1 or more", lambda n: n >= -1), default=-1,
-                       help="i: guide tokens 0 to i+1 only; -1: all")
-    group.add_argument("--temperature", type=not_negative, help="below 1: less varied; 0: the likeliest "
-                       "token; if left out 0.5 (with text 0.6), for a released GPT 1")
-    group.add_argument("--top-k", type=natural, default=0,
-                       help="draw from the k likeliest tokens; 0: from all")
-    group.add_argument("--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1),
-                       default=1.0, help="draw from the likeliest tokens that make up this share")
-    group.add_argument("--batch-size", type=counting, default=100, help="pictures drawn at the same time")
-    group.add_argument("--seed", type=natural, default=0,
-                       help="same seed and --batch-size, same pictures (on the same kind of device)")
-    add_device_flag(group)
-    group.add_argument("--compile", action="store_true",
-                       help="torch.compile one decoding step: slow start, faster steps")
+    add("--per-class", type=counting,
+        help="pictures of each class or prompt; 8 if left out, 1 of a released GPT")
+    add("--out", default="out/samples.png", help="the labelled grid")
+    add("--npz", help="instead of a grid, write --num-samples pictures for fid.py")
+    add("--num-samples", type=counting,
+        help="pictures in the --npz; if left out 1000, or one of each prompt if those are more")
+    add("--random-classes", action="store_true",
+        help="draw the classes of the --npz at random, as the paper did, instead of balanced")
+    add("--image-size-eval", type=counting,
+        help="resize the pictures to this side (bicubic); 256 in the paper")
+    add = parser.add_argument_group("how to sample").add_argument
+    add("--cfg-scale", type=finite, help="guidance; 1: none, 0: unconditional; if left out 2.5 (with text "
+        "1.5), for a released GPT 4 (with text 7.5)")
+    add("--cfg-interval", type=number(int, "-1 or more", lambda n: n >= -1), default=-1,
+        help="i: guide tokens 0 to i+1 only; -1: all")
+    add("--temperature", type=not_negative, help="below 1: less varied; 0: the likeliest token; if left out "
+        "0.5 (with text 0.6), for a released GPT 1")
+    add("--top-k", type=natural, default=0, help="draw from the k likeliest tokens; 0: from all")
+    add("--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1), default=1.0,
+        help="draw from the likeliest tokens that make up this share")
+    add("--batch-size", type=counting, default=100, help="pictures drawn at the same time")
+    add("--seed", type=natural, default=0,
+        help="same seed and --batch-size, same pictures (on the same kind of device)")
+    add("--device", help=DEVICE_HELP)
+    add("--compile", action="store_true", help="torch.compile one decoding step: slow start, faster steps")
     return parser.parse_args(argv)
 
 
@@ -347,7 +355,7 @@ def main(args):
     else:
         conditions = Classes(names)
         chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names)))
-    models = gpt, vq, text
+    models = gpt, vq, text                                       # the three travel together from here on
     if args.npz:
         return sample_npz(models, conditions, balanced(chosen, args), side, args, device)
     chosen = chosen if args.classes or text else chosen[:10]

@@ -1,6 +1,9 @@
 """Train the GPT on the tokens of a data set: next-token prediction with a class or a caption in front.
 
-Shapes: B images, N tokens of an image, K crops per image, V vocabulary, H x W pixels, L condition tokens.
+    loss = - 1/N sum over t of log p(token t | condition, tokens 0 .. t-1)
+
+Shapes: B images, M images of a data set, N tokens of an image, K crops per image, V vocabulary, H x W pixels,
+        L condition tokens, E width of their features.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2 and 3.2.
 Run:    python train_gpt.py                                        # after train_vq.py; 6 minutes on a laptop
         python train_gpt.py --data fashion_mnist --minutes 12
@@ -34,7 +37,11 @@ from tokenizer import load_tokenizer, to_pictures
 
 def prepare_codes(args, vq, vq_hash, device):
     """The folders with the tokens of the training and of the held-out pictures, for read_codes: those in
-    --codes, or made now from --data and kept beside --out for the next run."""
+    --codes, or made now from --data and kept beside --out for the next run.
+
+    The tokenizer is finished, so every picture is tokenized once and never again: the GPT's loop reads
+    integers, and no encoder runs in it.
+    """
     splits = ("train", "test")
     if args.codes:
         folders = [Path(args.codes) / split for split in splits]
@@ -87,7 +94,12 @@ def prepare_captions(args, folders, start, saved, device):
 
 def code_batches(codes, kept, conditions, batch_size, seed, start=0, device="cpu"):
     """Endless batches: tokens (B, N) int64, one random crop of each picture, and for each picture the row of
-    conditions.names that it is drawn for, (B,). kept: the pictures to use, (M,). No Python per picture."""
+    conditions.names that it is drawn for, (B,). No Python per picture.
+
+    codes  (M, K, N) uint16, memory-mapped: only what a batch asks for is read
+    kept   the pictures to use, a part of 0 .. M-1
+    start  the first step: the random numbers follow from (seed, step), so a resumed run draws the same
+    """
     for step, index in enumerate(batch_indices(len(kept), batch_size, seed, start), start):
         rng, pictures = np.random.default_rng((seed, step)), kept[index.numpy()]
         crop = rng.integers(codes.shape[1], size=len(pictures))
@@ -100,7 +112,8 @@ def code_batches(codes, kept, conditions, batch_size, seed, start=0, device="cpu
 
 @torch.inference_mode()
 def validation_loss(gpt, text, codes, kept, conditions, device, count, batch_size=100):
-    """Mean nats per token over the first crop of `count` held-out pictures, evenly spread."""
+    """Mean nats per token over the first crop of `count` held-out pictures, evenly spread. A model that knew
+    nothing would have ln V; e^loss is among how many equally likely tokens it hesitates."""
     total, pictures = torch.zeros((), device=device), np.array(spread(kept, count))
     for i in range(0, len(pictures), batch_size):
         index = pictures[i:i + batch_size]
@@ -114,7 +127,8 @@ def validation_loss(gpt, text, codes, kept, conditions, device, count, batch_siz
 
 @torch.no_grad()
 def save_samples(gpt, text, vq, conditions, device, path, args, columns=8):
-    """A labelled PNG: one row for each of ten classes or captions, the same random numbers every time."""
+    """A labelled PNG: one row for each of ten classes or captions, the same random numbers every time, so
+    that two previews differ by what was learnt in between."""
     rows = np.array(spread(range(len(conditions.names)), 10)).repeat(columns)
     cond, cond_mask = conditions(rows, text, device)
     cfg_scale, temperature = SETTINGS[args.cond, "own"]
@@ -190,51 +204,44 @@ def get_args(argv=None):
     parser.add_argument("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
                         help="tokenize ten crops of the picture at RANGE times the size: 1.1 1.05 in the "
                              "paper; if left out, the centre crop and its mirror image")
-    group = parser.add_argument_group("text")
-    group.add_argument("--text-encoder", default="tiny", metavar="tiny|FOLDER",
-                       help="tiny: a small one, trained together with the GPT; or a folder with FLAN-T5's "
-                            "config.json, weights and spiece.model, used as it is")
-    group.add_argument("--text-length", type=counting, help="L, tokens of a caption; if left out, for tiny "
-                       "the longest caption's (at most 32), for FLAN-T5 120")
-    group.add_argument("--live-features", action="store_true",
-                       help="run FLAN-T5 in every step instead of once, into a file beside the codes")
-    group.add_argument("--text-lr", type=share, default=0.1, help="learning rate of the caption MLP and of "
-                       "the tiny encoder as a share of --lr; 1 in the paper. At desk-scale rates what all "
-                       "captions have in common would outgrow what tells them apart")
-    group = parser.add_argument_group("model")
-    group.add_argument("--init", help="start from the weights of this GPT, whatever its image size was: the "
-                       "paper's second stage")
-    group.add_argument("--paper-init", action="store_true",
-                       help="start with all weights normal, std 0.02, instead of with quick_start")
-    group.add_argument("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
-    group.add_argument("--image-size", type=counting,
-                       help="side of the pictures; the tokenizer's own if left out")
-    group.add_argument("--dropout", type=share, default=0.0,
-                       help="on embeddings, attention output and feed-forward; 0.1 in the paper")
-    group.add_argument("--class-dropout", type=share, default=0.1,
-                       help="share of classes or captions replaced by the null class or caption")
-    group.add_argument("--drop-path", type=share, default=0.0,
-                       help="stochastic depth; with it --dropout 0 is usual")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=counting, default=16, help="pictures per step; 256 in the paper")
-    group.add_argument("--grad-accum", type=counting, default=1, help="batches whose gradients make one step")
-    group.add_argument("--lr", type=positive, default=1.5e-3, help="peak learning rate; 1e-4 in the paper")
-    group.add_argument("--lr-final", type=share, default=0.02,
-                       help="end of the cosine as a share of --lr; 1: constant")
-    group.add_argument("--warmup", type=natural, default=100, help="steps of linear warm-up; 0 in the paper")
-    group.add_argument("--weight-decay", type=not_negative, default=0.05,
-                       help="on tensors of 2 and more dimensions")
-    group.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient")
-    group.add_argument("--ema", type=share, default=0.995,
-                       help="decay of the averaged weights that are saved; 0: off")
-    group.add_argument("--cfg-scale", type=finite,
-                       help="guidance of the sample grids; that of sample.py if left out")
-    group.add_argument("--temperature", type=not_negative,
-                       help="of the sample grids; that of sample.py if left out")
+    add = parser.add_argument_group("text").add_argument
+    add("--text-encoder", default="tiny", metavar="tiny|FOLDER", help="tiny: a small one, trained together "
+        "with the GPT; or a folder with FLAN-T5's config.json, weights and spiece.model, used as it is")
+    add("--text-length", type=counting, help="L, tokens of a caption; if left out, for tiny the longest "
+        "caption's (at most 32), for FLAN-T5 120")
+    add("--live-features", action="store_true",
+        help="run FLAN-T5 in every step instead of once, into a file beside the codes")
+    add("--text-lr", type=share, default=0.1,
+        help="learning rate of the caption MLP and of the tiny encoder as a share of --lr; 1 in the paper. "
+             "At desk-scale rates what all captions have in common would outgrow what tells them apart")
+    add = parser.add_argument_group("model").add_argument
+    add("--init",
+        help="start from the weights of this GPT, whatever its image size was: the paper's second stage")
+    add("--paper-init", action="store_true",
+        help="start with all weights normal, std 0.02, instead of with quick_start")
+    add("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
+    add("--image-size", type=counting, help="side of the pictures; the tokenizer's own if left out")
+    add("--dropout", type=share, default=0.0,
+        help="on embeddings, attention output and feed-forward; 0.1 in the paper")
+    add("--class-dropout", type=share, default=0.1,
+        help="share of classes or captions replaced by the null class or caption")
+    add("--drop-path", type=share, default=0.0, help="stochastic depth; with it --dropout 0 is usual")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=counting, default=16, help="pictures per step; 256 in the paper")
+    add("--grad-accum", type=counting, default=1, help="batches whose gradients make one step")
+    add("--lr", type=positive, default=1.5e-3, help="peak learning rate; 1e-4 in the paper")
+    add("--lr-final", type=share, default=0.02, help="end of the cosine as a share of --lr; 1: constant")
+    add("--warmup", type=natural, default=100, help="steps of linear warm-up; 0 in the paper")
+    add("--weight-decay", type=not_negative, default=0.05, help="on tensors of 2 and more dimensions")
+    add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
+    add("--ema", type=share, default=0.995, help="decay of the averaged weights that are saved; 0: off")
+    add("--cfg-scale", type=finite, help="guidance of the sample grids; that of sample.py if left out")
+    add("--temperature", type=not_negative, help="of the sample grids; that of sample.py if left out")
     return parser.parse_args(argv)
 
 
 def main(args):
+    # 1. The tokenizer, and the pictures as it sees them
     state = resume_state(args, "vq_hash")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
@@ -250,6 +257,7 @@ def main(args):
     # Pictures that could not be read have the label -1: never ask for them.
     kept, test_kept = np.flatnonzero(labels >= 0), np.flatnonzero(test_labels >= 0)
     names, N = about["class_names"], codes.shape[2]
+    # 2. What stands in front of the tokens, and the GPT that reads it
     own = dict(vocab_size=vq.config.codebook_size, block_size=N, model_type="c2i", num_classes=len(names))
     if args.cond == "class":
         train, test, text = Classes(names, labels), Classes(names, test_labels), None
@@ -268,7 +276,8 @@ def main(args):
     # mean over some 20 steps, which follows a loss that changes quickly.
     optimizer = torch.optim.AdamW(parameter_groups(nets, args.weight_decay, args.text_lr), lr=args.lr,
                                   betas=(0.9, 0.95), fused=True)
-    if state:                       # pop: a checkpoint is some times as large as the model, do not hold it
+    # 3. Go on where the checkpoint was. pop: it is some times as large as the model, so it is not kept
+    if state:
         best["gpt"].load_state_dict(state.pop("model"))
         nets.load_state_dict(state.pop("raw"))
         optimizer.load_state_dict(state.pop("optimizer"))
@@ -295,6 +304,7 @@ def main(args):
         best.train(not args.ema)
         return nats
 
+    # 4. The loop
     with Progress(args, device, state) as progress:
         del state, start
         seen = progress.step * args.grad_accum                   # batches so far
@@ -314,6 +324,7 @@ def main(args):
                 # Gradients of the parts add up; each divided by their number, they give the mean over all.
                 (loss / args.grad_accum).backward()
                 mean_loss += loss.detach() / args.grad_accum
+            # Clipping keeps one odd batch from throwing away what thousands have taught.
             norm = nn.utils.clip_grad_norm_(nets.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -334,8 +345,8 @@ def main(args):
         minutes = progress.seconds() / 60
         save()
 
+    # 5. How good it is, over all held-out pictures. Bits per pixel do not count what the tokenizer lost.
     nats = look(count=len(test_kept))
-    # Bits per pixel of the tokens: what the tokenizer lost is not in it.
     bits = nats / math.log(2) * N / about["data"]["size"] ** 2
     progress.log(validation_loss=nats, bits_per_pixel=bits)
     print(f"{progress.step} steps in {minutes:.1f} minutes; over {len(test_kept):,} held-out pictures: "

@@ -86,7 +86,10 @@ def load_lpips(args, device):
 # The adversary
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches, not the whole picture: (B, 3, H, W) -> one logit per patch (B, 1, h, w)."""
+    """Judges overlapping patches, not the whole picture: (B, 3, H, W) -> one logit per patch (B, 1, h, w).
+
+    What L2 blurs is texture, which shows in a patch; whether the whole is right, L2 sees itself.
+    """
 
     def __init__(self, size=256, width=64):
         super().__init__()
@@ -98,6 +101,7 @@ class PatchDiscriminator(nn.Module):
                        nn.LeakyReLU(0.2)]
             c_in = c_out
         self.main = nn.Sequential(*layers, nn.Conv2d(c_in, 1, 4, padding=1))
+        # As in DCGAN (Radford 2016): small weights, gains near 1.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.02)
@@ -110,7 +114,8 @@ class PatchDiscriminator(nn.Module):
 
 def discriminator_loss(real, fake, kind="hinge"):
     """What the discriminator minimises, from its logits on real and on reconstructed patches."""
-    if kind == "hinge":             # max(0, 1 - D(x)) + max(0, 1 + D(y)): indifferent once the margin is kept
+    # max(0, 1 - D(x)) + max(0, 1 + D(y)): indifferent once the margin is kept
+    if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     # -log sigmoid(D(x)) - log(1 - sigmoid(D(y))), with softplus(t) = log(1 + e^t) for numerical safety. The
     # vanilla and the non-saturating game share this half and differ in what the generator minimises.
@@ -119,14 +124,16 @@ def discriminator_loss(real, fake, kind="hinge"):
 
 def generator_loss(fake, kind="hinge"):
     """What the decoder minimises, from the discriminator's logits on its pictures."""
-    if kind == "non-saturating":    # -log sigmoid(D(y)): strong gradients exactly where the decoder is losing
+    # -log sigmoid(D(y)): strong gradients exactly where the decoder is losing
+    if kind == "non-saturating":
         return F.softplus(-fake).mean()
-    return -fake.mean()                  # hinge and vanilla, as in VQGAN
+    # -D(y), as in VQGAN, for hinge and vanilla
+    return -fake.mean()
 
 
 def adaptive_weight(reconstruction_loss, adversarial_loss, last_layer):
-    """VQGAN eq. 7: scale the adversary so that its gradient at the last layer is as long as the
-    reconstruction's."""
+    """Scale the adversary so that its gradient at the last layer is as long as the reconstruction's (VQGAN
+    eq. 7):  lambda = |d L_rec| / (|d L_gan| + 1e-4), both with respect to last_layer, at most 1e4."""
     length = lambda loss: torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
     return (length(reconstruction_loss) / (length(adversarial_loss) + 1e-4)).clamp(0, 1e4).detach()
 
@@ -167,38 +174,31 @@ def restart_dead_codes(vq, counts, images):
 def get_args(argv=None):
     parser = FlagParser(__file__, __doc__)
     add_training_flags(parser, out="out/vq.pt", minutes=1.75)
-    group = parser.add_argument_group("model")
-    group.add_argument("--size", default="VQ-tiny", choices=VQ_SIZES,
-                       help="a row of VQ_SIZES in tokenizer.py")
-    group.add_argument("--image-size", type=counting, default=32, help="side of the pictures in pixels")
-    group.add_argument("--codebook-size", type=counting, help="V, instead of the size's own")
-    group.add_argument("--init", help="start from the weights of this tokenizer: fine-tune a released one")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", type=counting, default=32, help="pictures per step; 128 in the paper")
-    group.add_argument("--lr", type=positive, default=2e-3, help="peak learning rate; 1e-4 in the paper")
-    group.add_argument("--lr-final", type=share, default=0.02,
-                       help="end of the cosine as a share of --lr; 1: constant")
-    group.add_argument("--warmup", type=natural, default=50, help="steps of linear warm-up; 0 in the paper")
-    group.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient")
-    group.add_argument("--ema", type=share, default=0.995,
-                       help="decay of the averaged weights that are saved; 0: off")
-    group.add_argument("--restart-every", type=natural, default=50, help="steps between restarts of unused "
-                       "codebook entries, in the first 80%% of the run; 0: never")
-    group = parser.add_argument_group("losses")
-    group.add_argument("--commitment-weight", type=not_negative, default=0.25,
-                       help="beta of the commitment loss")
-    group.add_argument("--entropy-weight", type=finite, default=0.0, help="of the entropy loss on the codes")
-    group.add_argument("--lpips-weight", type=not_negative, default=0.0, help="of the perceptual loss; 1 in "
-                       "the paper; needs VGG16, 528 MB, and takes most of the time")
-    group.add_argument("--vgg", help="vgg16-397923af.pth, if it is not in the cache")
-    group.add_argument("--lpips", help="LPIPS v0.1's vgg.pth, if it is not in the cache")
-    group.add_argument("--disc-weight", type=not_negative, default=0.5, help="of the adversarial loss")
-    group.add_argument("--disc-start", type=natural, default=20000,
-                       help="step at which the discriminator joins")
-    group.add_argument("--disc-loss", default="hinge", choices=("hinge", "vanilla", "non-saturating"),
-                       help="its game")
-    group.add_argument("--disc-adaptive", action="store_true",
-                       help="scale --disc-weight by the ratio of gradients")
+    add = parser.add_argument_group("model").add_argument
+    add("--size", default="VQ-tiny", choices=VQ_SIZES, help="a row of VQ_SIZES in tokenizer.py")
+    add("--image-size", type=counting, default=32, help="side of the pictures in pixels")
+    add("--codebook-size", type=counting, help="V, instead of the size's own")
+    add("--init", help="start from the weights of this tokenizer: fine-tune a released one")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch-size", type=counting, default=32, help="pictures per step; 128 in the paper")
+    add("--lr", type=positive, default=2e-3, help="peak learning rate; 1e-4 in the paper")
+    add("--lr-final", type=share, default=0.02, help="end of the cosine as a share of --lr; 1: constant")
+    add("--warmup", type=natural, default=50, help="steps of linear warm-up; 0 in the paper")
+    add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
+    add("--ema", type=share, default=0.995, help="decay of the averaged weights that are saved; 0: off")
+    add("--restart-every", type=natural, default=50,
+        help="steps between restarts of unused codebook entries, in the first 80%% of the run; 0: never")
+    add = parser.add_argument_group("losses").add_argument
+    add("--commitment-weight", type=not_negative, default=0.25, help="beta of the commitment loss")
+    add("--entropy-weight", type=finite, default=0.0, help="of the entropy loss on the codes")
+    add("--lpips-weight", type=not_negative, default=0.0,
+        help="of the perceptual loss; 1 in the paper; needs VGG16, 528 MB, and takes most of the time")
+    add("--vgg", help="vgg16-397923af.pth, if it is not in the cache")
+    add("--lpips", help="LPIPS v0.1's vgg.pth, if it is not in the cache")
+    add("--disc-weight", type=not_negative, default=0.5, help="of the adversarial loss")
+    add("--disc-start", type=natural, default=20000, help="step at which the discriminator joins")
+    add("--disc-loss", default="hinge", choices=("hinge", "vanilla", "non-saturating"), help="its game")
+    add("--disc-adaptive", action="store_true", help="scale --disc-weight by the ratio of gradients")
     args = parser.parse_args(argv)
     if args.compile and args.disc_adaptive:
         parser.error("--disc-adaptive takes a second gradient, which --compile does not allow: drop one")
@@ -233,6 +233,7 @@ def adam(net, lr):
 
 
 def main(args):
+    # 1. What to learn from, and the networks: the tokenizer and its judges
     state = resume_state(args, "disc")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
@@ -246,7 +247,8 @@ def main(args):
     disc = PatchDiscriminator(args.image_size).to(device)
     optimizer, disc_optimizer = adam(vq, args.lr), adam(disc, args.lr)
     used, since_restart = torch.zeros(2, config.codebook_size, device=device)    # how often each entry was
-    if state:                       # pop: a checkpoint is some times as large as the model, do not hold it
+    # 2. Go on where the checkpoint was. pop: it is some times as large as the model, so it is not kept
+    if state:
         best.load_state_dict(state.pop("model"))
         for key, part in (("raw", vq), ("optimizer", optimizer), ("disc", disc),
                           ("disc_optimizer", disc_optimizer)):
@@ -266,6 +268,7 @@ def main(args):
                       image_size=args.image_size)
         save_preview(best, test, device, preview)
 
+    # 3. The loop
     with Progress(args, device, state) as progress:
         del state
         batches = train.batches(batch_size, args.seed, start=progress.step, device=device)
@@ -277,7 +280,7 @@ def main(args):
             for group in optimizer.param_groups + disc_optimizer.param_groups:
                 group["lr"] = lr
 
-            # 1. The tokenizer: L2 and LPIPS of the picture, VQ-VAE's two losses of the codes, the adversary
+            # The tokenizer: L2 and LPIPS of the picture, VQ-VAE's two losses of the codes, the adversary
             with mixed_precision(device):
                 recon, tokens, losses = forward(images)          # (B, 3, H, W), (B, N), a dict
                 losses["l2"] = F.mse_loss(recon.float(), images)
@@ -291,6 +294,8 @@ def main(args):
                     weight = weight * adaptive_weight(losses["l2"] + losses.get("lpips", 0), losses["gan"],
                                                       vq.decoder.conv_out.weight)
                 losses["gan"] = weight * losses["gan"]
+            # One backward pass through the decoder serves all losses. Clipping keeps one odd batch from
+            # throwing away what thousands have taught.
             optimizer.zero_grad()
             sum(losses.values()).backward()
             losses["grad_norm"] = nn.utils.clip_grad_norm_(vq.parameters(), args.clip)
@@ -298,7 +303,7 @@ def main(args):
             if args.ema:
                 update_ema(best, vq, args.ema, progress.step)
 
-            # 2. The discriminator, on the same pictures; detach: its loss must not reach the tokenizer
+            # The discriminator, on the same pictures; detach: its loss must not reach the tokenizer
             if adversarial:
                 with mixed_precision(device):
                     real, fake = disc(images), disc(recon.detach())              # (B, 1, h, w) each
@@ -308,7 +313,7 @@ def main(args):
                 nn.utils.clip_grad_norm_(disc.parameters(), args.clip)
                 disc_optimizer.step()
 
-            # 3. Codebook upkeep and statistics, which stay on the device until they are logged.
+            # Codebook upkeep and statistics, which stay on the device until they are logged.
             # (torch.bincount would make the CPU wait, to learn how long its answer has to be.)
             flat = tokens.flatten()                              # (B N,)
             for counts in (used, since_restart):                 # (V,)
@@ -333,6 +338,7 @@ def main(args):
         minutes = progress.seconds() / 60
         save()
 
+    # 4. How good it is, over all test pictures
     psnr, usage, perplexity = evaluate(best.eval(), test, device, batch_size)
     progress.log(test_psnr=psnr, test_usage=usage, test_perplexity=perplexity)
     print(f"{progress.step} steps in {minutes:.1f} minutes; over {len(test):,} test pictures: PSNR "
