@@ -34,7 +34,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from runs import (FlagParser, InputError, SharedArray, counting, pick_device, rank_and_world, run,
+from runs import (InputError, SharedArray, counting, flag_parser, pick_device, rank_and_world, run,
                   wait_for_all, weights_hash)
 from shapes import KINDS, SHAPES_COUNT, captioned_shapes, draw_shapes
 from tokenizer import (codebook_statistics, load_tokenizer, to_float, to_pictures, tokenize_in_passes)
@@ -818,7 +818,7 @@ def check_codes(folder, vq, vq_hash, device, path, count=8):
 
 
 def get_args(argv=None):
-    parser = FlagParser(__file__, __doc__)
+    parser = flag_parser(__file__, __doc__)
     commands = parser.add_subparsers(dest="command", parser_class=argparse.ArgumentParser)
     draw = commands.add_parser("draw", help="draw 40 pictures of the default data set (the default)")
     draw.add_argument("--out", default="out/shapes.png", help="the PNG")

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -79,19 +78,10 @@ finite = number(float, "a finite number", lambda x: True)
 share = number(float, "between 0 and 1", lambda x: 0 <= x <= 1)
 
 
-class FlagParser(argparse.ArgumentParser):
-    """Answers a wrong flag with two lines instead of with all flags there are, and keeps in args.command_line
-    how to get these flags again. (In a notebook sys.argv holds the flags of the kernel.)"""
-
-    def __init__(self, file, doc):
-        super().__init__(Path(file).name, usage="%(prog)s [flags]; --help explains them", description=doc,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def parse_args(self, argv=None):
-        argv = sys.argv[1:] if argv is None else list(argv)
-        args = super().parse_args(argv)
-        args.command_line = shlex.join(["python", self.prog, *argv])
-        return args
+def flag_parser(file, doc):
+    """An ArgumentParser that answers a wrong flag with two lines instead of with all flags there are."""
+    return argparse.ArgumentParser(Path(file).name, usage="%(prog)s [flags]; --help explains them",
+                                   description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 DEVICE_HELP = "cuda, mps or cpu; the best one present if left out"
@@ -100,8 +90,7 @@ DEVICE_HELP = "cuda, mps or cpu; the best one present if left out"
 def add_training_flags(parser, out, minutes):
     """The flags that train_vq.py and train_gpt.py share. out, minutes: each script's own defaults."""
     add = parser.add_argument_group("data and files").add_argument
-    add("--data", default="shapes",
-        help="shapes, fashion_mnist, mnist, cifar10; a folder of pictures; .jsonl; .tar")
+    add("--data", default="shapes", help="shapes, fashion_mnist, mnist, cifar10; a folder, .jsonl or .tar")
     add("--data-dir", help="where to look for the data set's files first")
     add("--limit", type=counting, help="use only so many pictures of each split")
     add("--cond", default="class", choices=("class", "text"),
@@ -114,8 +103,7 @@ def add_training_flags(parser, out, minutes):
     length.add_argument("--steps", type=counting, help="train for this many steps instead")
     add("--device", help=DEVICE_HELP)
     add("--seed", type=natural, default=0, help="of weights, order of the data and dropout")
-    add("--compile", action="store_true",
-        help="torch.compile the forward and backward pass: slow start, faster steps")
+    add("--compile", action="store_true", help="compile forward and backward: slow start, faster steps")
     add("--eval-every", type=counting, default=500, help="steps between checkpoints")
     add("--log-every", type=counting, default=20, help="steps between lines of the log")
 
@@ -249,14 +237,13 @@ def update_ema(average, model, decay, step):
 class Progress:
     """Where a run stands. state: the checkpoint it goes on from, or None for a fresh run.
 
-    Ctrl-C only raises a flag: the step in progress is finished, so what is saved is a whole state. The log is
-    NAME.jsonl beside the checkpoint NAME.pt, one JSON object a line. A fresh run writes NAME.new.jsonl until
-    its first save: only then do the log and the checkpoint that were there become NAME.previous.
-    """
+    Ctrl-C lets the step in progress end, so what is saved is a whole state. The log is NAME.jsonl beside the
+    checkpoint NAME.pt, one JSON object a line. A fresh run writes NAME.new.jsonl until its first save: only
+    then do the log and the checkpoint that were there become NAME.previous."""
 
     def __init__(self, args, device, state):
         self.args, self.device, self.fresh, self.interrupted = args, device, state is None, False
-        self.step, seconds = (0, 0.0) if self.fresh else (state["step"], state["seconds"])
+        self.step, seconds = (state["step"], state["seconds"]) if state else (0, 0.0)
         # The random numbers of the CPU and those of the device are two streams.
         self.streams = {"cpu": torch} | {kind: getattr(torch, kind) for kind in {device.type} - {"cpu"}}
         for kind in self.streams.keys() & (state or {}).get("random", {}).keys():
@@ -277,8 +264,7 @@ class Progress:
         signal.signal(signal.SIGINT, self.handler)
         self.bar.close()
         if kind is None and self.interrupted:
-            command = self.args.command_line.removesuffix(" --resume")
-            sys.exit(f"interrupted; all is saved. Go on with: {command} --resume")
+            sys.exit(f"interrupted; step {self.step} is saved: the same flags and --resume go on from it")
 
     def interrupt(self, *_):
         self.interrupted = True
@@ -300,8 +286,7 @@ class Progress:
         self.good = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def count(self, numbers):
-        """A step is over; numbers: what it measured, a dict of scalar tensors. They are added up where they
-        are, so that nothing waits for the device."""
+        """A step is over. numbers, a dict of scalar tensors, are added up where they are: nothing waits."""
         for name, value in numbers.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         if self.args.compile and self.bar.n == self.bar.initial:
@@ -319,8 +304,8 @@ class Progress:
                              f"{self.args.out} stays as it was last saved; try a lower --lr")
 
     def means(self):
-        """The mean of each number since the last call, as floats, and the steps per second. Apart from
-        evaluating and saving, this is where the CPU waits for the device."""
+        """The mean of each number since the last call, and the steps per second. Apart from evaluating and
+        saving, this is where the CPU waits for the device."""
         self.check()
         steps = self.step - self.since
         values = (torch.stack(list(self.sums.values())) / steps).tolist()
@@ -352,7 +337,7 @@ class Progress:
 
 # Only these flags may change between a run and its resume: they say how long, where and how fast it runs and
 # what is shown on the way, not what is learnt. (A tokenizer is known by the hash of its weights.)
-MAY_CHANGE = {"command_line", "out", "resume", "minutes", "steps", "device", "compile", "eval_every",
+MAY_CHANGE = {"out", "resume", "minutes", "steps", "device", "compile", "eval_every",
               "log_every", "data_dir", "vq", "vgg", "lpips", "live_features", "cfg_scale", "temperature"}
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import image_grid, imagenet_names
 from model import load_gpt
-from runs import (DEVICE_HELP, FlagParser, InputError, SharedArray, counting, explained, fast_dtype, finite,
+from runs import (DEVICE_HELP, InputError, SharedArray, counting, explained, fast_dtype, finite, flag_parser,
                   natural, not_negative, number, pick_device, rank_and_world, read_checkpoint, run,
                   short_hash, wait_for_all, weights_hash, whole_file)
 from text import Captions, Classes, pretrained_text_encoder, tiny_text_encoder_from
@@ -287,29 +287,25 @@ def sample_npz(models, conditions, rows, side, args, device):
 
 
 def get_args(argv=None):
-    parser = FlagParser(__file__, __doc__)
+    parser = flag_parser(__file__, __doc__)
     add = parser.add_argument_group("models").add_argument
     add("--gpt", default="out/gpt.pt", help="train_gpt.py's checkpoint or a released one")
     add("--vq", default="out/vq.pt", help="the tokenizer that the GPT was trained with")
-    add("--text-encoder", metavar="FOLDER",
-        help="FLAN-T5's config.json, weights and spiece.model, for GPTs that read its features")
+    add("--text-encoder", metavar="FOLDER", help="folder of FLAN-T5, for GPTs that read its features")
     add("--image-size", type=counting, help="released GPTs only: pixels of its grid, 256 if left out")
     group = parser.add_argument_group("what to draw")
     add, prompts = group.add_argument, group.add_mutually_exclusive_group()
     add("--classes", nargs="+", metavar="CLASS",
-        help="ids or names, one row each (commas work as well as blanks); all, at most ten, if left out")
+        help="ids or names (blanks or commas between them), one row each; at most ten if left out")
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="captions, one row each")
     prompts.add_argument("--prompts-file", help="captions, one a line")
-    add("--per-class", type=counting,
-        help="pictures of each class or prompt; 8 if left out, 1 of a released GPT")
+    add("--per-class", type=counting, help="pictures of each class or prompt; 8, or 1 of a released GPT")
     add("--out", default="out/samples.png", help="the labelled grid")
     add("--npz", help="instead of a grid, write --num-samples pictures for fid.py")
-    add("--num-samples", type=counting,
-        help="pictures in the --npz; if left out 1000, or one of each prompt if those are more")
+    add("--num-samples", type=counting, help="pictures in the --npz; 1000 or all prompts if left out")
     add("--random-classes", action="store_true",
-        help="draw the classes of the --npz at random, as the paper did, instead of balanced")
-    add("--image-size-eval", type=counting,
-        help="resize the pictures to this side (bicubic); 256 in the paper")
+        help="classes of the --npz at random, as in the paper, not in turn")
+    add("--image-size-eval", type=counting, help="resize the pictures to this side; 256 in the paper")
     add = parser.add_argument_group("how to sample").add_argument
     add("--cfg-scale", type=finite, help="guidance; 1: none, 0: unconditional; if left out 2.5 (with text "
         "1.5), for a released GPT 4 (with text 7.5)")
@@ -319,10 +315,9 @@ def get_args(argv=None):
         "0.5 (with text 0.6), for a released GPT 1")
     add("--top-k", type=natural, default=0, help="draw from the k likeliest tokens; 0: from all")
     add("--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1), default=1.0,
-        help="draw from the likeliest tokens that make up this share")
+        help="draw from the likeliest tokens of this share")
     add("--batch-size", type=counting, default=100, help="pictures drawn at the same time")
-    add("--seed", type=natural, default=0,
-        help="same seed and --batch-size, same pictures (on the same kind of device)")
+    add("--seed", type=natural, default=0, help="same seed and batch size, same pictures on this device")
     add("--device", help=DEVICE_HELP)
     add("--compile", action="store_true", help="torch.compile one decoding step: slow start, faster steps")
     return parser.parse_args(argv)

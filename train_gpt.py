@@ -23,7 +23,7 @@ import torch.nn as nn
 from data import (batch_indices, code_key, extract_codes, image_grid, load_data, read_about, read_captions,
                   read_codes, spread, to_device)
 from model import GPT, GPT_SIZES, GPTConfig, load_gpt
-from runs import (FlagParser, InputError, Progress, add_training_flags, counting, fill_weights, finite,
+from runs import (InputError, Progress, add_training_flags, counting, fill_weights, finite, flag_parser,
                   learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
                   read_checkpoint, resume_state, run, share, update_ema, weights_hash)
 from sample import SETTINGS, generate
@@ -185,7 +185,8 @@ def prepare_model(args, own, vq, start, device):
 def parameter_groups(nets, weight_decay, text_lr=1.0):
     """Groups for AdamW. Weight decay pulls on matrices and embeddings (2 and more dimensions), whose length
     may grow without need, not on the gains of norms, which belong near 1. "rate" is the group's learning rate
-    as a share of the run's: text_lr for what a caption passes through before the transformer."""
+    as a share of the run's: text_lr for what a caption passes through before the transformer. At rates for
+    minutes, what all captions have in common would outgrow there what tells them apart."""
     groups = []
     for of_text, rate in ((False, 1.0), (True, text_lr)):
         chosen = [weight for name, weight in nets.named_parameters()
@@ -197,34 +198,28 @@ def parameter_groups(nets, weight_decay, text_lr=1.0):
 
 
 def get_args(argv=None):
-    parser = FlagParser(__file__, __doc__)
+    parser = flag_parser(__file__, __doc__)
     add_training_flags(parser, out="out/gpt.pt", minutes=6.25)
     parser.add_argument("--vq", default="out/vq.pt", help="the tokenizer: train_vq.py's or a released one")
     parser.add_argument("--codes", help="a folder that data.py extract filled, instead of --data")
     parser.add_argument("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
-                        help="tokenize ten crops of the picture at RANGE times the size: 1.1 1.05 in the "
-                             "paper; if left out, the centre crop and its mirror image")
+                        help="tokenize ten crops at RANGE times the size, 1.1 1.05 in the paper, instead of "
+                             "the centre and its mirror image")
     add = parser.add_argument_group("text").add_argument
-    add("--text-encoder", default="tiny", metavar="tiny|FOLDER", help="tiny: a small one, trained together "
-        "with the GPT; or a folder with FLAN-T5's config.json, weights and spiece.model, used as it is")
-    add("--text-length", type=counting, help="L, tokens of a caption; if left out, for tiny the longest "
-        "caption's (at most 32), for FLAN-T5 120")
-    add("--live-features", action="store_true",
-        help="run FLAN-T5 in every step instead of once, into a file beside the codes")
+    add("--text-encoder", default="tiny", metavar="tiny|FOLDER", help="tiny: a small one, trained along; or "
+        "a folder with FLAN-T5's config.json, weights and spiece.model")
+    add("--text-length", type=counting,
+        help="L; if left out the longest caption's, at most 32; for FLAN-T5 120")
+    add("--live-features", action="store_true", help="run FLAN-T5 in every step, not once into a file")
     add("--text-lr", type=share, default=0.1,
-        help="learning rate of the caption MLP and of the tiny encoder as a share of --lr; 1 in the paper. "
-             "At desk-scale rates what all captions have in common would outgrow what tells them apart")
+        help="rate for what reads captions, a share of --lr; 1 in the paper")
     add = parser.add_argument_group("model").add_argument
-    add("--init",
-        help="start from the weights of this GPT, whatever its image size was: the paper's second stage")
-    add("--paper-init", action="store_true",
-        help="start with all weights normal, std 0.02, instead of with quick_start")
+    add("--init", help="start from the weights of this GPT, of any image size: the paper's second stage")
+    add("--paper-init", action="store_true", help="start with a std of 0.02, without quick_start")
     add("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
     add("--image-size", type=counting, help="side of the pictures; the tokenizer's own if left out")
-    add("--dropout", type=share, default=0.0,
-        help="on embeddings, attention output and feed-forward; 0.1 in the paper")
-    add("--class-dropout", type=share, default=0.1,
-        help="share of classes or captions replaced by the null class or caption")
+    add("--dropout", type=share, default=0.0, help="of embeddings, attention, feed-forward; 0.1 in the paper")
+    add("--class-dropout", type=share, default=0.1, help="share of conditions replaced by the null one")
     add("--drop-path", type=share, default=0.0, help="stochastic depth; with it --dropout 0 is usual")
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=counting, default=16, help="pictures per step; 256 in the paper")
@@ -232,11 +227,11 @@ def get_args(argv=None):
     add("--lr", type=positive, default=1.5e-3, help="peak learning rate; 1e-4 in the paper")
     add("--lr-final", type=share, default=0.02, help="end of the cosine as a share of --lr; 1: constant")
     add("--warmup", type=natural, default=100, help="steps of linear warm-up; 0 in the paper")
-    add("--weight-decay", type=not_negative, default=0.05, help="on tensors of 2 and more dimensions")
+    add("--weight-decay", type=not_negative, default=0.05, help="of tensors with 2 dimensions and more")
     add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
     add("--ema", type=share, default=0.995, help="decay of the averaged weights that are saved; 0: off")
-    add("--cfg-scale", type=finite, help="guidance of the sample grids; that of sample.py if left out")
-    add("--temperature", type=not_negative, help="of the sample grids; that of sample.py if left out")
+    add("--cfg-scale", type=finite, help="guidance of the previews; sample.py's if left out")
+    add("--temperature", type=not_negative, help="of the previews; sample.py's if left out")
     return parser.parse_args(argv)
 
 
@@ -272,8 +267,7 @@ def main(args):
     learns = text is not None and args.text_encoder == "tiny"    # the text encoder, together with the GPT
     nets = nn.ModuleDict({"gpt": gpt, "text": text} if learns else {"gpt": gpt})
     best = copy.deepcopy(nets).requires_grad_(False) if args.ema else nets       # what is saved, and draws
-    # beta2 is 0.95 instead of Adam's 0.999, as usual for language models: the scale of the gradient is then a
-    # mean over some 20 steps, which follows a loss that changes quickly.
+    # beta2 is 0.95 for the reason that train_vq.adam gives; decay and rates differ by group
     optimizer = torch.optim.AdamW(parameter_groups(nets, args.weight_decay, args.text_lr), lr=args.lr,
                                   betas=(0.9, 0.95), fused=True)
     # 3. Go on where the checkpoint was. pop: it is some times as large as the model, so it is not kept
@@ -307,8 +301,8 @@ def main(args):
     # 4. The loop
     with Progress(args, device, state) as progress:
         del state, start
-        seen = progress.step * args.grad_accum                   # batches so far
-        batches = code_batches(codes, kept, train, batch_size, args.seed, seen, device)
+        batches = code_batches(codes, kept, train, batch_size, args.seed,
+                               progress.step * args.grad_accum, device)
         while progress.running():
             lr = learning_rate(args.lr, progress.step, progress.fraction(), args.warmup, args.lr_final)
             for group in optimizer.param_groups:

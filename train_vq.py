@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import find_file, image_grid, load_data, spread
-from runs import (FlagParser, InputError, Progress, add_training_flags, counting, fill_weights, finite,
+from runs import (InputError, Progress, add_training_flags, counting, fill_weights, finite, flag_parser,
                   learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
                   read_checkpoint, resume_state, run, share, update_ema)
 from tokenizer import (VQ_SIZES, VQConfig, VQModel, evaluate, load_tokenizer, to_float, to_pictures, to_uint8,
@@ -172,7 +172,7 @@ def restart_dead_codes(vq, counts, images):
 # ------------------------------------------------------------------------------------------------------------
 
 def get_args(argv=None):
-    parser = FlagParser(__file__, __doc__)
+    parser = flag_parser(__file__, __doc__)
     add_training_flags(parser, out="out/vq.pt", minutes=1.75)
     add = parser.add_argument_group("model").add_argument
     add("--size", default="VQ-tiny", choices=VQ_SIZES, help="a row of VQ_SIZES in tokenizer.py")
@@ -185,14 +185,14 @@ def get_args(argv=None):
     add("--lr-final", type=share, default=0.02, help="end of the cosine as a share of --lr; 1: constant")
     add("--warmup", type=natural, default=50, help="steps of linear warm-up; 0 in the paper")
     add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
-    add("--ema", type=share, default=0.995, help="decay of the averaged weights that are saved; 0: off")
+    add("--ema", type=share, default=0.995, help="decay of the averaged weights, which are saved; 0: off")
     add("--restart-every", type=natural, default=50,
-        help="steps between restarts of unused codebook entries, in the first 80%% of the run; 0: never")
+        help="steps between restarts of unused codes, to 80%%; 0: never")
     add = parser.add_argument_group("losses").add_argument
     add("--commitment-weight", type=not_negative, default=0.25, help="beta of the commitment loss")
     add("--entropy-weight", type=finite, default=0.0, help="of the entropy loss on the codes")
     add("--lpips-weight", type=not_negative, default=0.0,
-        help="of the perceptual loss; 1 in the paper; needs VGG16, 528 MB, and takes most of the time")
+        help="perceptual; 1 in the paper; 528 MB and much time")
     add("--vgg", help="vgg16-397923af.pth, if it is not in the cache")
     add("--lpips", help="LPIPS v0.1's vgg.pth, if it is not in the cache")
     add("--disc-weight", type=not_negative, default=0.5, help="of the adversarial loss")
@@ -224,6 +224,17 @@ def prepare_model(args, state, device):
     if start:
         fill_weights(vq, start.state_dict(), args.init)
     return vq.to(device), name
+
+
+def report(progress, usage, batch_size, lr):
+    """Write the log line of the last steps, and the same in short beside the bar."""
+    means = progress.means()
+    speed = batch_size * means.pop("steps_per_second")
+    psnr = 10 * math.log10(4 / means["l2"])                      # the range [-1, 1] is 2 wide: peak^2 = 4
+    progress.log(psnr=psnr, usage=usage, **means, lr=lr, images_per_second=speed)
+    losses = ", ".join(f"{key} {value:.3f}" for key, value in means.items() if value)
+    progress.bar.set_postfix_str(f"PSNR {psnr:.1f} dB, codes {usage:.0%}, {speed:.0f} images/s, {losses}",
+                                 refresh=False)
 
 
 def adam(net, lr):
@@ -324,14 +335,7 @@ def main(args):
                 restart_dead_codes(vq, since_restart, images)
                 since_restart.zero_()
             if progress.step % args.log_every == 0:
-                means = progress.means()
-                speed = batch_size * means.pop("steps_per_second")
-                psnr = 10 * math.log10(4 / means["l2"])          # the range [-1, 1] is 2 wide: peak^2 = 4
-                usage = (used > 0).float().mean().item()
-                progress.log(psnr=psnr, usage=usage, **means, lr=lr, images_per_second=speed)
-                progress.bar.set_postfix_str(
-                    f"PSNR {psnr:.1f} dB, codes {usage:.0%}, {speed:.0f} images/s, " +
-                    ", ".join(f"{key} {value:.3f}" for key, value in means.items() if value), refresh=False)
+                report(progress, (used > 0).float().mean().item(), batch_size, lr)
                 used.zero_()
             if progress.step % args.eval_every == 0:
                 save()

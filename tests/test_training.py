@@ -556,7 +556,7 @@ def test_a_run_that_dies_before_its_first_save_leaves_the_old_checkpoint_and_the
     assert steps == [1, 2, 3, 3] and not (tmp_path / "vq.new.jsonl").exists()
 
 
-def test_ctrl_c_tells_the_flags_of_this_run_and_the_handler_is_given_back(tmp_path, monkeypatch):
+def test_ctrl_c_in_a_notebook_does_not_tell_the_flags_of_the_kernel_and_the_handler_is_given_back(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "/some/kernel.json"])
     before = signal.getsignal(signal.SIGINT)
 
@@ -567,8 +567,7 @@ def test_ctrl_c_tells_the_flags_of_this_run_and_the_handler_is_given_back(tmp_pa
     monkeypatch.setattr(train_vq, "Progress", Interrupted)
     with pytest.raises(SystemExit) as end:
         run_vq(tmp_path, "--steps", "2", "--data-dir", "my pictures")
-    assert "kernel.json" not in str(end.value) and "train_vq.py --limit 64" in str(end.value)
-    assert str(end.value).endswith("--data-dir 'my pictures' --resume")
+    assert "kernel.json" not in str(end.value) and "the same flags and --resume" in str(end.value)
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     with pytest.raises(InputError):                              # also where the loop raises
