@@ -1,6 +1,6 @@
-"""Text: the encoder of T5 (v1.1 and FLAN), its tokenizer, and the caption cleaning of the released models.
+"""Text: the encoder of T5 (v1.1 and FLAN), its tokenizer, caption cleaning, and conditions for the GPT.
 
-    caption --clean--> text --unigram segmentation--> ids (B, L) --T5Encoder--> features (B, L, D)
+    caption --clean--> text --unigram segmentation--> ids (B, L) --T5Encoder--> features (B, L, E)
 
 Shapes: B captions, L tokens of a caption, D model width, H heads, d channels of a head, F hidden width;
         for the GPT that reads the features D is called E.
@@ -17,6 +17,7 @@ import urllib.parse
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import to_device
-from runs import InputError, SharedArray, build, read_checkpoint, short_hash, weights_hash
+from model import RMSNorm
+from runs import (InputError, SharedArray, build, explained, fast_dtype, read_checkpoint, short_hash,
+                  weights_hash)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -49,32 +52,22 @@ class T5Config:
 TINY_T5 = dict(d_model=192, d_kv=48, d_ff=512, num_layers=1, num_heads=4)    # trained together with the GPT
 
 
-class T5Norm(nn.Module):
-    """RMSNorm: no mean, no bias, computed in float32."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.d_model))
-        self.eps = config.layer_norm_epsilon
-
-    def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.weight.dtype)
-
-
 def relative_buckets(L, config, device=None):
     """Which entry of the position bias a query (row) uses for a key (column): (L, L) int64.
 
-    Half of the buckets are for keys after the query. In each half, the first half counts single steps; the
-    others grow with the logarithm of the distance up to max_distance.
+    Half of the 32 buckets are for keys after the query. Of a side's 16, the first 8 count single steps,
+    because the order of neighbours decides what a phrase means. Farther off, "about how far" is enough: the
+    other 8 grow with the logarithm of the distance n, and from max_distance = 128 on all share the last one.
     """
-    half = config.relative_attention_num_buckets // 2
-    single = half // 2
+    half = config.relative_attention_num_buckets // 2            # buckets of one side
+    exact = half // 2
     place = torch.arange(L, device=device)
     distance = place[None, :] - place[:, None]                   # key - query
     steps = distance.abs()
-    scale = (half - single) / math.log(config.relative_attention_max_distance / single)
-    far = single + ((steps.clamp(min=1) / single).log() * scale).long()
-    bucket = torch.where(steps < single, steps, far.clamp(max=half - 1))
+    # bucket(n) = exact + (half - exact) log(n / exact) / log(max_distance / exact)
+    scale = (half - exact) / math.log(config.relative_attention_max_distance / exact)
+    far = exact + ((steps.clamp(min=1) / exact).log() * scale).long()
+    bucket = torch.where(steps < exact, steps, far.clamp(max=half - 1))
     return bucket + half * (distance > 0)
 
 
@@ -94,7 +87,8 @@ class T5Attention(nn.Module):
             self.relative_attention_bias = nn.Embedding(buckets, config.num_heads)
 
     def forward(self, x, bias):                                  # x  (B, L, D)   bias (B, H, L, L)
-        heads = lambda t: t.unflatten(2, (-1, self.d_kv)).transpose(1, 2)        # (B, L, H d) -> (B, H, L, d)
+        # softmax(q k^T + bias) v
+        heads = lambda t: t.unflatten(2, (-1, self.d_kv)).transpose(1, 2)      # (B, L, H d) -> (B, H, L, d)
         y = F.scaled_dot_product_attention(heads(self.q(x)), heads(self.k(x)), heads(self.v(x)),
                                            attn_mask=bias, scale=1.0)
         return self.o(y.transpose(1, 2).flatten(2))
@@ -114,15 +108,16 @@ class T5FeedForward(nn.Module):
 
 
 class T5Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). Nested like the names in the public files."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). Nested like the names in the public files, so
+    that those load with no table of names."""
 
     def __init__(self, config, with_bias):
         super().__init__()
         self.layer = nn.ModuleList([nn.Module(), nn.Module()])
         self.layer[0].SelfAttention = T5Attention(config, with_bias)
-        self.layer[0].layer_norm = T5Norm(config)
+        self.layer[0].layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.layer[1].DenseReluDense = T5FeedForward(config)
-        self.layer[1].layer_norm = T5Norm(config)
+        self.layer[1].layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, x, bias):
         first, second = self.layer
@@ -141,9 +136,12 @@ class T5Encoder(nn.Module):
         self.encoder.embed_tokens = self.shared                  # two names for one table, as in the files
         self.encoder.block = nn.ModuleList(T5Block(config, with_bias=i == 0)    # one bias serves all layers
                                            for i in range(config.num_layers))
-        self.encoder.final_layer_norm = T5Norm(config)
+        self.encoder.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
-        for name, weight in self.named_parameters():             # scores are not scaled, so q starts smaller
+        # With q_i and k_i of about 1, a score q.k, a sum of d products, has a standard deviation of sqrt(d),
+        # and the softmax sees little but one key. T5 divides not every score but the first weights of q by
+        # sqrt(d): the same at the start, one operation less, and training may change it.
+        for name, weight in self.named_parameters():
             if weight.dim() == 2 and name != "shared.weight":
                 scale = config.d_kv ** -0.5 if name.endswith("SelfAttention.q.weight") else 1
                 nn.init.normal_(weight, std=scale * weight.shape[1] ** -0.5)
@@ -155,7 +153,8 @@ class T5Encoder(nn.Module):
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         bias = table(relative_buckets(L, self.config, ids.device)).permute(2, 0, 1)[None]       # (1, H, L, L)
         if mask is not None:
-            # The lowest number instead of -inf, which would turn a caption without any token into NaN.
+            # The lowest number instead of -inf: where a row has nothing but -inf, as that of a caption
+            # without any token, the softmax is 0 / 0.
             hidden = torch.where(mask == 0, torch.finfo(bias.dtype).min, 0).to(bias.dtype)      # (B, L)
             bias = bias + hidden[:, None, None]                                          # (B, H, L, L)
         for block in self.encoder.block:
@@ -170,18 +169,18 @@ def load_t5(folder, device="cpu", dtype=torch.float32):
     """A T5Encoder in eval mode from a folder with config.json and pytorch_model.bin, its shards with their
     index, or .safetensors. Decoder weights are ignored."""
     folder = Path(folder)
-    try:
+    cure = "--text-encoder wants a folder such as flan-t5-xl, with its config, weights and spiece.model"
+    with explained(f"{folder} has no readable config.json", cure):
         settings = dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder} has no readable config.json ({error}): --text-encoder wants a folder "
-                         f"such as flan-t5-xl, with its config, weights and spiece.model") from None
-    gated = settings.get("feed_forward_proj", "relu") == "gated-gelu"
-    if settings.get("model_type", "t5") != "t5" or not gated:
-        raise InputError(f"{folder} is not T5 v1.1 or FLAN-T5 (model_type {settings.get('model_type')}, "
-                         f"feed_forward_proj {settings.get('feed_forward_proj', 'relu')})")
-    config = T5Config(**{f.name: settings[f.name] for f in fields(T5Config) if f.name in settings})
-    weights = {name: w for name, w in read_weights(folder).items()
-               if name.startswith(("shared.", "encoder."))}
+        given = [field for field in fields(T5Config) if field.name in settings]
+        config = T5Config(**{field.name: field.type(settings[field.name]) for field in given})
+    # T5 v1.0 has the same names but a ReLU without a gate; files that say nothing are of that kind.
+    kind, activation = settings.get("model_type", "t5"), settings.get("feed_forward_proj", "relu")
+    if (kind, activation) != ("t5", "gated-gelu"):
+        raise InputError(f"{folder} is not T5 v1.1 or FLAN-T5 (model_type {kind}, feed_forward_proj "
+                         f"{activation}): pass a folder such as flan-t5-xl")
+    weights = read_weights(folder)
+    weights = {name: weights[name] for name in weights if name.startswith(("shared.", "encoder."))}
     table = weights.get("shared.weight", weights.get("encoder.embed_tokens.weight"))
     if table is None:
         raise InputError(f"{folder} holds no T5 encoder: shared.weight is missing")
@@ -190,16 +189,15 @@ def load_t5(folder, device="cpu", dtype=torch.float32):
 
 
 def read_weights(folder):
-    """All tensors of a folder, memory-mapped: of one file, or of all files that the index names."""
+    """All tensors of a folder, memory-mapped: of one file, or of all files that an index names. An index
+    whose files were never fetched does not count."""
     lacking = []
     for name, read in (("pytorch_model.bin", lambda path: read_checkpoint(path, mmap=True)["model"]),
                        ("model.safetensors", read_safetensors)):
         index, files = folder / f"{name}.index.json", [name]
         if index.exists():
-            try:
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{index} is damaged ({error!r}): fetch it again") from None
+            with explained(f"{index} is damaged", "fetch it again"):
+                files = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
         missing = [file for file in files if not (folder / file).exists()]
         if not missing:
             return {key: w for file in files for key, w in read(folder / file).items()}
@@ -208,16 +206,11 @@ def read_weights(folder):
 
 
 def read_safetensors(path):
-    try:
-        from safetensors import SafetensorError
+    cure = "pip install safetensors, or fetch pytorch_model.bin"
+    with explained(f"{path} needs the package safetensors", cure, ImportError):
         from safetensors.torch import load_file
-    except ImportError:
-        raise InputError(f"{path} needs the package safetensors: pip install safetensors, or use "
-                         f"pytorch_model.bin") from None
-    try:
+    with explained(f"{path} is damaged", "fetch it again"):
         return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({error}): fetch it again") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -225,54 +218,52 @@ def read_safetensors(path):
 
 def protobuf_fields(data):
     """(field number, value) pairs of one protobuf message: int for varints, bytes for the rest."""
-    at = 0
+    stream = iter(data)
 
     def varint():
-        nonlocal at
+        """7 bits a byte, the lowest first; the top bit says that another byte follows. None at the end."""
         value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
+        for byte in stream:
             value |= (byte & 127) << shift
             shift += 7
             if byte < 128:
                 return value
-    while at < len(data):
-        number, kind = divmod(varint(), 8)
+
+    while (key := varint()) is not None:
+        field, kind = divmod(key, 8)
         if kind == 0:
-            yield number, varint()
-            continue
-        length = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        yield number, data[at:at + length]
-        at += length
+            yield field, varint()
+        else:
+            yield field, bytes(islice(stream, varint() if kind == 2 else {1: 8, 5: 4}[kind]))
 
 
 class CharacterMap:
     """SentencePiece's normalisation: replaces byte sequences by others, the longest match first.
 
-    The map is a double-array trie. Unit u: label u & 0x800000FF, bit 8 = a value hangs here, offset in the
-    upper bits; the value is the place of the replacement in a list of strings that end in a zero byte.
+    The map is a trie, the tree whose path from the root spells a sequence, kept in one array. The child of a
+    node for byte b is at node ^ offset ^ b: nothing to search. Children of other nodes lie in the gaps, so it
+    is this node's child only if its label is b. Of a unit, bits 0-7 and 31 are the label, bit 8 says that a
+    sequence ends here, and bits 9-30 hold the offset. Where byte 0 would lead, an ended sequence has its
+    value: the place of its replacement in a list of strings that each end in a zero byte.
     """
 
     def __init__(self, blob):
         size = int.from_bytes(blob[:4], "little")
         self.units = np.frombuffer(blob[4:4 + size], "<u4").tolist()
+        # Bit 9 marks a large offset, in steps of 256.
+        self.offsets = [(unit >> 10) << ((unit & 512) >> 6) for unit in self.units]
         self.replacements = blob[4 + size:]
-
-    @staticmethod
-    def offset(unit):
-        return (unit >> 10) << ((unit & 512) >> 6)
 
     def longest_match(self, data, start):
         """The end of the longest match from `start` and its replacement, or None."""
-        node, found = self.offset(self.units[0]), None
+        node, found = self.offsets[0], None
         for at in range(start, len(data)):
             node ^= data[at]
             if node >= len(self.units) or self.units[node] & 0x800000FF != data[at]:
                 break
-            unit = self.units[node]
-            node ^= self.offset(unit)
-            if unit & 256:
+            ends_here = self.units[node] & 256
+            node ^= self.offsets[node]
+            if ends_here:
                 place = self.units[node] & 0x7FFFFFFF
                 found = at + 1, self.replacements[place:self.replacements.index(0, place)]
         return found
@@ -280,14 +271,8 @@ class CharacterMap:
     def __call__(self, text):
         data, out, at = text.encode("utf-8", "replace"), [], 0
         while at < len(data):
-            match = self.longest_match(data, at)
-            if match:
-                at, new = match
-            else:                                                # one character as it is
-                end = at + 1
-                while end < len(data) and data[end] & 0xC0 == 0x80:
-                    end += 1
-                at, new = end, data[at:end]
+            # Without a match one byte stays as it is; no sequence begins inside a character.
+            at, new = self.longest_match(data, at) or (at + 1, data[at:at + 1])
             out.append(new)
         return b"".join(out).decode("utf-8", "replace")
 
@@ -297,36 +282,33 @@ class T5Tokenizer:
     SPACE, END = "\u2581", 1
 
     def __init__(self, path):
-        try:
+        with explained(f"{path} is not a readable spiece.model or tokenizer.json of T5", "fetch it again"):
             data = Path(path).read_bytes()
-            read = self.read_json if data[:1] == b"{" else self.read_protobuf
-            pieces, blob, self.special = read(data)
-            self.normalise = CharacterMap(blob) if blob else lambda text: text
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error})") from None
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise InputError(f"{path} is neither a spiece.model nor a tokenizer.json of T5 "
-                             f"({error!r})") from None
-        self.size = len(pieces)
-        self.scores = {piece: (np.float32(score), i) for i, (piece, score) in enumerate(pieces)
-                       if score is not None}
+            pieces, blob, self.special = (self.read_json if data[:1] == b"{" else self.read_protobuf)(data)
+            self.normalise = CharacterMap(blob) if blob else str
+            self.scores = {piece: (np.float32(score), i) for i, (piece, score) in enumerate(pieces)
+                           if score is not None}
         if len(self.scores) < 2:
-            raise InputError(f"{path} holds no unigram vocabulary")
+            raise InputError(f"{path} holds no unigram vocabulary: fetch it again")
+        self.size = len(pieces)
         self.longest = max(map(len, self.scores))
+        # Below every piece, so unknown only where no piece fits; 10 is SentencePiece's penalty.
         self.unknown_score = min(score for score, _ in self.scores.values()) - np.float32(10)
+        # The longest first, in parentheses: re.split then gives the markers as parts of their own.
+        markers = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
+        self.split_markers = re.compile(f"({markers})").split if markers else lambda text: [text]
         self.words = {}                                          # ids of words met before
 
     @staticmethod
     def read_protobuf(data):
         pieces, blob = [], b""
-        for number, value in protobuf_fields(data):
-            if number == 1:                                      # a piece: 1 text, 2 score, 3 type
-                fields = dict(protobuf_fields(value))
-                normal = fields.get(3, 1) == 1
-                score = np.frombuffer(fields[2], "<f4")[0] if 2 in fields else np.float32(0)
-                pieces.append((fields[1].decode(), score if normal else None))
-            elif number == 3:                                    # the normaliser: 2 precompiled map
-                blob = dict(protobuf_fields(value)).get(2, b"")
+        for field, message in protobuf_fields(data):
+            if field == 1:                                       # a piece: 1 text, 2 score, 3 type
+                piece = dict(protobuf_fields(message))
+                score = np.frombuffer(piece[2], "<f4")[0] if 2 in piece else np.float32(0)
+                pieces.append((piece[1].decode(), score if piece.get(3, 1) == 1 else None))
+            elif field == 3:                                     # the normaliser: 2 precompiled map
+                blob = dict(protobuf_fields(message)).get(2, b"")
         return pieces, blob, {}
 
     @staticmethod
@@ -334,6 +316,7 @@ class T5Tokenizer:
         file = json.loads(data)
         if file["model"]["type"] != "Unigram":
             raise ValueError(f"a {file['model']['type']} model")
+        # Markers such as </s> are found before the segmentation, which must not make them of other text.
         special = {token["content"]: token["id"] for token in file["added_tokens"]}
         pieces = [(piece, None if piece in special else score) for piece, score in file["model"]["vocab"]]
         normaliser = file.get("normalizer") or {}
@@ -344,41 +327,40 @@ class T5Tokenizer:
     def encode(self, text):
         """The ids of a text, a list that ends in 1 (</s>)."""
         ids = []
-        for part in self.split_special(text):
+        for part in self.split_markers(text):
             if part in self.special:
                 ids.append(self.special[part])
                 continue
             # Plain ASCII maps to itself, but for control characters.
             if not (part.isascii() and part.isprintable()):
                 part = self.normalise(part)
-            for word in part.split(" "):
-                if word:                                         # runs of blanks count as one
-                    if word not in self.words:
-                        self.words[word] = self.segment(self.SPACE + word)
-                    ids += self.words[word]
+            for word in filter(None, part.split(" ")):           # runs of blanks count as one
+                if word not in self.words:
+                    self.words[word] = self.segment(self.SPACE + word)
+                ids += self.words[word]
         return ids + [self.END]
 
-    def split_special(self, text):
-        if not self.special or "<" not in text:
-            return [text]
-        pattern = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
-        return re.split(f"({pattern})", text)
-
     def segment(self, word):
-        """The pieces of one word with the largest sum of scores (Viterbi), as ids.
+        """The pieces of one word with the largest sum of scores, as ids: the likeliest way to cut it, as the
+        score of a piece is the logarithm of its probability.
+
+        Viterbi's algorithm, since a word of n characters can be cut in 2^(n-1) ways: the best way to reach
+        `end` is the best way to some `start` and one piece more, so going through all pairs once is enough:
+
+            best(end) = max over start of  best(start) + score(word[start:end])
 
         No piece of T5 has a blank inside, so words do not influence each other. Sums are in float32 and the
         first of two equal ways stays, as in SentencePiece.
         """
         best = [(np.float32(0), 0, None)] + [None] * len(word)   # per end: score, start of last piece, its id
         for start in range(len(word)):
-            before = best[start][0]
             for end in range(start + 1, min(len(word), start + self.longest) + 1):
                 piece = self.scores.get(word[start:end])
-                if piece is None and end == start + 1:
+                if piece is None and end == start + 1:           # so that every end can be reached
                     piece = (self.unknown_score, 2)
-                if piece and (best[end] is None or before + piece[0] > best[end][0]):
-                    best[end] = (before + piece[0], start, piece[1])
+                if piece and (best[end] is None or best[start][0] + piece[0] > best[end][0]):
+                    best[end] = (best[start][0] + piece[0], start, piece[1])
+        # From the end of the word back to its beginning, along the remembered starts.
         ids, at = [], len(word)
         while at > 0:
             _, at, i = best[at]
@@ -390,14 +372,16 @@ class T5Tokenizer:
 # ------------------------------------------------------------------------------------------------------------
 # The cleaning that captions went through before the released models saw them
 
+# The order is that of the released models' code: each step expects what the steps before it have left.
+# First what HTML's parser and the signs would tear apart: addresses.
 ADDRESSES = (
     (r"<person>", "person"),
     (r"(https?:|www\.)\S+", ""),
     (r"\b[\w.-]+\.(com|co|ru|net|org|edu|gov|it)\b[\w/-]*", ""),
 )
+# Then names, numbers and signs that no picture shows.
 SIGNS = (
-    (r"@\w+", ""),                                               # names of people
-    ("[\u31c0-\u4dff\u4e00-\u9fff]", ""),                       # Chinese characters and signs
+    ("@\\w+|[\u31c0-\u4dff\u4e00-\u9fff]", ""),                 # names of people; Chinese characters
     ("[\"`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
     ("[\u2018\u2019]", "'"),
     (r"&(quot|amp);?", ""),
@@ -410,6 +394,7 @@ SIGNS = (
     ("[#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~()\\[\\]{}|\\\\/*]+", " "),
     (r"\s\.\s", " "),
 )
+# Last what shops write around their pictures, and what all this has left at both ends.
 ADVERTS = (
     (r"\b[a-z]{1,3}\d{3,15}\b|\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b", ""),     # codes such as jc6640
     (r"(worldwide\s+)?(free\s+)?shipping|(free\s)?download(\sfree)?|\bclick\b\s(for|on)\s\w+", ""),
@@ -419,61 +404,54 @@ ADVERTS = (
     (r"\s:\s", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
-    (r"""^\s+|\s+$""", ""),
+    (r"^\s+|\s+$", ""),
     (r"""^["'](.+)["']$""", r"\1"),
     (r"^['_,:;-]|['_,:+-]$|^\.\S+$", ""),
 )
 
 
-class TextOfHTML(HTMLParser):
-    """Collects what stands between the tags."""
+def without_tags(text):
+    """What stands between the tags, entities such as &nbsp; resolved."""
+    found, parser = [], HTMLParser()
+    parser.handle_data = found.append
+    try:
+        parser.feed(text)
+        parser.close()
+    except AssertionError:                                       # "<![" that opens nothing
+        return text
+    return "".join(found)
 
-    def __init__(self, text):
-        super().__init__()
-        self.found = []
-        try:
-            self.feed(text)
-            self.close()
-        except AssertionError:                                   # "<![" that opens nothing
-            self.found = [text]
 
-    def handle_data(self, data):
-        self.found.append(data)
+def replaced(text, table):
+    for pattern, new in table:
+        text = re.sub(pattern, new, text)
+    return text
 
 
 def clean_caption(text):
     """A web picture's caption without addresses, tags, file names, product codes, odd signs; in lower case.
 
-    The released text models saw captions cleaned like this, twice over. There, ftfy and BeautifulSoup repair
-    encodings and strip tags; here, the standard library does what it can.
+    The released text models saw captions cleaned like this, twice over: what was escaped twice, as on many
+    web pages, shows its tags only after the first round. There, ftfy and BeautifulSoup repair encodings and
+    strip tags; here, the standard library does what it can.
     """
-    def replace(table):
-        nonlocal text
-        for pattern, new in table:
-            text = re.sub(pattern, new, text)
-
     for _ in range(2):
-        text = urllib.parse.unquote_plus(text).strip().lower()
-        replace(ADDRESSES)
-        text = "".join(TextOfHTML(text).found)
+        text = without_tags(replaced(urllib.parse.unquote_plus(text).strip().lower(), ADDRESSES))
         if not text.isascii():                                   # Pd: every dash that Unicode has
             text = "".join("-" if unicodedata.category(c) == "Pd" else c for c in text)
-        text = re.sub("-+", "-", text)
-        replace(SIGNS)
+        text = replaced(re.sub("-+", "-", text), SIGNS)
         if len(re.findall("[-_]", text)) > 3:                    # this-is-a-title
             text = re.sub("[-_]", " ", text)
-        text = html.unescape(html.unescape(text)).strip()
-        replace(ADVERTS)
-        text = text.strip()
+        text = replaced(html.unescape(html.unescape(text)).strip(), ADVERTS).strip()
     return text
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Captions as the GPT's condition
+# From captions to features
 
 class WordTokenizer:
-    """Words to ids, for a small data set: 0 padding, 1 the end, 2 unknown, then the words of the training
-    captions, the most frequent first."""
+    """Words to ids, for a small data set: 0 padding, 1 the end, 2 unknown (as in T5), then the words of the
+    training captions, the most frequent first."""
 
     def __init__(self, words):
         self.words = list(words)
@@ -490,14 +468,15 @@ class WordTokenizer:
 class TextEncoder(nn.Module):
     """A tokenizer and a T5Encoder under one roof: captions -> the GPT's condition and its mask."""
 
-    def __init__(self, tokenizer, t5, length, clean=lambda text: text):
+    def __init__(self, tokenizer, t5, length, clean=str):
         super().__init__()
         self.tokenizer, self.t5, self.length, self.clean = tokenizer, t5, length, clean
         self.cut = 0                                             # captions so far that were too long
 
     def tokenize(self, captions):
-        """Captions (a list of B strings) -> ids (B, L) int32, padded with 0 on the left. Of a caption that is
-        too long the first L - 1 ids and </s> stay."""
+        """Captions (a list of B strings) -> ids (B, L) int32. Of one that is too long, the first L - 1 ids
+        and </s> stay. Padded with 0 on the left: the GPT predicts token 0 at the place of the last condition
+        token, so that one has to be valid in every row."""
         ids = np.zeros((len(captions), self.length), np.int32)
         for row, caption in zip(ids, captions):
             found = self.tokenizer.encode(self.clean(caption))
@@ -521,25 +500,11 @@ def tiny_text_encoder(captions, max_length=32, max_words=8000):
     return TextEncoder(tokenizer, T5Encoder(T5Config(vocab_size=len(tokenizer.words) + 3, **TINY_T5)), length)
 
 
-def pretrained_text_encoder(folder, length=120, device="cpu"):
-    """FLAN-T5 from a folder of Hugging Face's layout, frozen, with the captions cleaned; bf16 on CUDA."""
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    t5 = load_t5(folder, device, dtype).requires_grad_(False)
-    names = ("spiece.model", "tokenizer.json")
-    path = next((Path(folder) / name for name in names if (Path(folder) / name).exists()), None)
-    if path is None:
-        raise InputError(f"{folder} holds no tokenizer: put its spiece.model or tokenizer.json there")
-    tokenizer = T5Tokenizer(path)
-    if tokenizer.size > t5.config.vocab_size:
-        raise InputError(f"{path} does not belong to this encoder: it has {tokenizer.size:,} pieces, the "
-                         f"encoder knows {t5.config.vocab_size:,}")
-    return TextEncoder(tokenizer, t5, length, clean_caption)
-
-
-def saved_text_encoder(text):
+def saved_text_encoder(text_encoder):
     """What a GPT's checkpoint keeps of a tiny TextEncoder; see tiny_text_encoder_from."""
-    return dict(model=text.t5.state_dict(), config=asdict(text.t5.config), words=text.tokenizer.words,
-                length=text.length)
+    t5 = text_encoder.t5
+    return dict(model=t5.state_dict(), config=asdict(t5.config), words=text_encoder.tokenizer.words,
+                length=text_encoder.length)
 
 
 def tiny_text_encoder_from(saved, path, device="cpu"):
@@ -548,84 +513,101 @@ def tiny_text_encoder_from(saved, path, device="cpu"):
     return TextEncoder(WordTokenizer(saved["words"]), t5, saved["length"]).eval()
 
 
-class Classes:
-    """The classes of M pictures as conditions.
+def pretrained_text_encoder(folder, length=120, device="cpu"):
+    """FLAN-T5 from a folder of Hugging Face's layout, frozen, with the captions cleaned; bf16 on cards that
+    multiply it. Never float16, in which T5's large activations overflow."""
+    device = torch.device(device)
+    t5 = load_t5(folder, device, fast_dtype(device) if device.type == "cuda" else torch.float32)
+    paths = [Path(folder) / name for name in ("spiece.model", "tokenizer.json")]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise InputError(f"{folder} holds no tokenizer: put its spiece.model or tokenizer.json there")
+    tokenizer = T5Tokenizer(path)
+    if tokenizer.size > t5.config.vocab_size:
+        raise InputError(f"{path} has {tokenizer.size:,} pieces, but the encoder beside it knows only "
+                         f"{t5.config.vocab_size:,}: fetch both from the same model")
+    return TextEncoder(tokenizer, t5.requires_grad_(False), length, clean_caption)
 
-    names   of the classes, K
-    labels  int64 (M,), -1 for pictures that could not be read and are never asked for; None: only for drawing
-    """
+
+# ------------------------------------------------------------------------------------------------------------
+# The condition of a GPT: classes or captions. Both know M pictures and have
+#
+#   names                                    what can be drawn: the class names, or the captions that differ
+#   draw(pictures, rng) -> rows              which of the names each of these pictures (B,) is drawn for, (B,)
+#   self(rows, text_encoder, device)         the GPT's cond and cond_mask for these names
+
+class Classes:
+    """Class ids (B,) and no mask. labels: int64 (M,), the class of each picture, or -1 where it cannot be
+    read: those pictures are never asked for."""
 
     def __init__(self, names, labels=None):
         self.names, self.labels = names, labels
 
     def draw(self, pictures, rng):
-        """For each of these pictures, (B,), the row of names that it shows: (B,)."""
         return self.labels[pictures]
 
-    def __call__(self, rows, text, device):
-        """The GPT's cond (B,) and no cond_mask for these rows of names, (B,)."""
-        return to_device(torch.from_numpy(rows), device), None
+    def __call__(self, rows, text_encoder, device):
+        return to_device(torch.from_numpy(np.asarray(rows)), device), None
 
 
 class Captions:
-    """The captions of M pictures, one or several each, as conditions: from their ids, or from features that
-    were computed once.
+    """Text features (B, L, E) and their mask (B, L). captions: one or several of each of M pictures, M lists.
 
-    names  the U captions that differ
-    ids    (U, L) int32
-    rows   for all captions of all pictures, one picture after another, their place in names
-    width  E
+    names  the U captions that differ; ids (U, L) int32 are theirs, width is E
+    rows   of all captions, one picture after another, their rows in names
+
+    A text encoder that is trained along runs whenever a condition is asked for. A frozen one may run once, in
+    cache_features; from then on None takes its place.
     """
 
-    def __init__(self, captions, text):
+    def __init__(self, captions, text_encoder):
         flat = [caption for several in captions for caption in sorted(several, key=len)]
         self.names = list(dict.fromkeys(flat))
-        number = {caption: i for i, caption in enumerate(self.names)}
-        self.ids, self.width = text.tokenize(self.names), text.t5.config.d_model
-        self.rows = np.array([number[caption] for caption in flat])
+        row_of = {caption: row for row, caption in enumerate(self.names)}
+        self.ids, self.width = text_encoder.tokenize(self.names), text_encoder.t5.config.d_model
+        self.rows = np.array([row_of[caption] for caption in flat], np.int64)
         self.count = np.array([len(several) for several in captions])
         self.first = self.count.cumsum() - self.count            # where each picture's captions begin in rows
         self.features = None
 
     def draw(self, pictures, rng):
-        """For each of these pictures, (B,), one of its captions as a row of names: (B,). The shortest in 30 of
-        100 cases, else one of the others, as in the paper's second stage: captions there came in a long and a
-        short form, and prompts are short."""
+        """One caption for each picture: the shortest in 30 of 100 cases, else one of the others, as in the
+        paper's second stage: the others there are long descriptions by a machine; users type short ones."""
         count, chance = self.count[pictures], rng.random(len(pictures))
+        # The part of [0, 1) from 0.3 on, stretched over the count - 1 others.
         place = np.where(chance < 0.3, 0, 1 + (chance - 0.3) / 0.7 * (count - 1)).astype(int)
         return self.rows[self.first[pictures] + place.clip(max=count - 1)]
 
-    def __call__(self, rows, text, device):
-        """The GPT's cond (B, L, E) and cond_mask (B, L) for these rows of names, (B,): by the TextEncoder
-        `text`, or from the cache if there is one."""
-        ids = self.ids[rows]                                     # (B, L)
+    def __call__(self, rows, text_encoder, device):
+        ids = self.ids[rows]                                     # ids  (B, L)
         if self.features is None:
-            return text(to_device(ids, device))
+            return text_encoder(to_device(ids, device))
         mask = ids != 0
         place = np.where(mask.numpy(), self.places(rows, ids.shape[1]), 0)
-        features = torch.from_numpy(self.features[place]).view(torch.bfloat16) * mask[..., None]
-        return to_device(features, device), to_device(mask, device)
+        features = to_device(torch.from_numpy(self.features[place]).view(torch.bfloat16), device)
+        mask = to_device(mask, device)
+        return features * mask[..., None], mask                  # features  (B, L, E), mask (B, L)
 
     def places(self, rows, L):
         """Where the last L tokens of these captions are in the file of features, (B, L); wrong at padding."""
         return self.end[rows][:, None] - np.arange(L, 0, -1)
 
     @torch.inference_mode()
-    def cache_features(self, text, folder, device, batch_size=32):
+    def cache_features(self, text_encoder, folder, device, batch_size=32):
         """Run the frozen text encoder over all captions, once: features.KEY.npy in `folder` holds their valid
-        tokens one after another, (all tokens, E) uint16, the bits of bf16."""
+        tokens one after another, (all tokens, E). It holds bf16, in which the encoder ran on a GPU anyway and
+        which is half of float32; as NumPy has no bf16, its bits are called uint16."""
         length = (self.ids != 0).sum(dim=1).numpy()
         self.end = length.cumsum()
-        key = short_hash([weights_hash(text.t5).encode(), self.ids.numpy().tobytes()])
+        key = short_hash([weights_hash(text_encoder.t5), self.ids.shape, self.ids.numpy().tobytes()])
         path = Path(folder) / f"features.{key}.npy"
         if not path.exists():
-            cache = SharedArray(path, (int(self.end[-1]), text.t5.config.d_model), np.uint16, key,
-                                units=len(length))
+            cache = SharedArray(path, (int(self.end[-1]), self.width), np.uint16, key, units=len(length))
             mine = cache.mine[np.argsort(length[cache.mine])]    # neighbours of one length: little padding
             batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
             for batch in tqdm(batches, desc="text features", unit=" batches"):
-                ids = self.ids[batch, -length[batch].max():]
-                features, mask = (t.cpu() for t in text(ids.to(device)))
+                ids = self.ids[batch, -length[batch].max():]     # ids  (B, L) of the longest here
+                features, mask = (t.cpu() for t in text_encoder(ids.to(device)))
                 place = self.places(batch, ids.shape[1])[mask.numpy()]
                 cache.rows[place] = features[mask].bfloat16().view(torch.uint16).numpy()
                 cache.done[batch] = cache.DONE
@@ -635,10 +617,10 @@ class Captions:
 
 if __name__ == "__main__":
     captions = ["a large red star on a navy background", "a red circle left of a blue square"]
-    text = tiny_text_encoder(captions)
-    ids = text.tokenize(captions)
-    features, mask = text(ids)
-    print(f"T5Encoder  {sum(p.numel() for p in text.parameters()):,} parameters")
+    text_encoder = tiny_text_encoder(captions)
+    ids = text_encoder.tokenize(captions)
+    features, mask = text_encoder(ids)
+    print(f"T5Encoder  {sum(p.numel() for p in text_encoder.parameters()):,} parameters")
     print(f"captions   {captions}")
     print(f"ids        {tuple(ids.shape)}: {ids[0].tolist()}, padding on the left")
     print(f"features   {tuple(features.shape)}, zeros where the mask {tuple(mask.shape)} is")

@@ -1,6 +1,7 @@
 """pytest -q tests/test_project.py      What the README and the comments say is true; the notebooks run."""
 import argparse
 import ast
+import linecache
 import re
 import shlex
 import sys
@@ -10,6 +11,7 @@ import torch
 
 import data
 import fid
+import lines
 import model
 import sample
 import text
@@ -33,21 +35,62 @@ def parser_of(module, monkeypatch):
     return found[0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_has_help_and_is_read(script, monkeypatch):
-    source = "".join((ROOT / name).read_text() for name in SCRIPTS)
-    read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
-            and isinstance(node.value, (ast.Name,
-                                        ast.Attribute)) and ast.unparse(node.value).endswith("args")}
-    parser = parser_of(SCRIPTS[script], monkeypatch)
-    actions = list(parser._actions)
-    for action in parser._actions:                               # data.py has a parser per command
+def every_action(parser):
+    """All flags of a parser, also those of its commands."""
+    for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            actions.remove(action)
-            actions += [flag for command in action.choices.values() for flag in command._actions]
-    for action in actions:
+            for command in action.choices.values():
+                yield from every_action(command)
+        else:
+            yield action
+
+
+def flags_read(name, sources):
+    """The attributes of `args` that module `name` reads, or a module to whose functions it hands `args`.
+
+    sources: module name -> source. A flag that some other script reads is not read by this one.
+    """
+    done, waiting, read = set(), [name], set()
+    while waiting:
+        name = waiting.pop()
+        if name in done or name not in sources:
+            continue
+        done.add(name)
+        nodes = list(ast.walk(ast.parse(sources[name])))
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        origin = {alias.asname or alias.name: node.module for node in imports for alias in node.names}
+        for node in nodes:
+            if (isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+                    and ast.unparse(node.value) in ("args", "self.args")):
+                read.add(node.attr)
+            elif isinstance(node, ast.Call) and "args" in map(ast.unparse, node.args):
+                called = ast.unparse(node.func).split(".")[0]
+                waiting.append(origin.get(called, called))
+    return read
+
+
+SOURCES = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_help_and_is_read_by_its_own_script(script, monkeypatch):
+    read = flags_read(script.removesuffix(".py"), SOURCES)
+    for action in every_action(parser_of(SCRIPTS[script], monkeypatch)):
         assert action.help, action.option_strings
         assert action.dest == "help" or action.dest in read, f"{script} {action.option_strings} is never read"
+
+
+def test_a_flag_that_only_another_script_reads_would_be_noticed():
+    sources = {"one": "from shared import go\ndef main(args):\n    go(args, args.a)\n    args.set = 1\n",
+               "shared": "import other\ndef go(args, a):\n    return Run(args)\n"
+                         "class Run:\n    def f(self):\n        return self.args.b\n",
+               "other": "def main(args):\n    return args.c, args.set\n"}
+    assert flags_read("one", sources) == {"a", "b"}
+    assert flags_read("other", sources) == {"c", "set"}
+    more = "\nprint(args.not_a_flag)"
+    for script in ("train_vq", "train_gpt", "sample"):           # the same among the real ones
+        assert "not_a_flag" not in flags_read(script, SOURCES | {"fid": SOURCES["fid"] + more})
+        assert "not_a_flag" in flags_read(script, SOURCES | {script: SOURCES[script] + more})
 
 
 def test_the_commands_in_the_readme_parse(monkeypatch):
@@ -82,7 +125,6 @@ def shape_checker(functions, sizes):
     checked = []
 
     def check(frame, line, returned=None):
-        import linecache
         text = linecache.getline(frame.f_code.co_filename, line)
         match = COMMENT.search(text)
         if not match:
@@ -97,10 +139,14 @@ def shape_checker(functions, sizes):
             return
         letters = frame_letters.setdefault(frame, dict(sizes))
         terms = [term.strip() for term in shape.split(",") if term.strip()]
+        if terms[-1:] == ["..."]:                                # (R, ...): whatever follows
+            terms = terms[:-1] + ["_"] * (value.ndim - len(terms) + 1)
         assert len(terms) == value.ndim, f"line {line}: {text.strip()} but the shape is {tuple(value.shape)}"
         for term, size in zip(terms, value.shape):
             expression = re.sub(r"(\d) ([A-Za-z])", r"\1*\2",
                                 re.sub(r"([A-Za-z]) ([A-Za-z])", r"\1*\2", term))
+            if expression == "_":
+                continue
             if expression.isidentifier():
                 letters.setdefault(expression, size)
             names = set(re.findall(r"[A-Za-z]\w*", expression))
@@ -142,6 +188,28 @@ def test_shape_comments_of_the_tokenizer_are_true():
     assert len({line for _, line in checked}) >= 14
 
 
+def test_shape_comments_of_whole_data_sets_in_passes_are_true():
+    config = tokenizer.VQConfig(codebook_size=96, ch=32, ch_mult=(1, 2), z_channels=40)
+    vq = tokenizer.VQModel(config).eval()
+
+    class Pictures:                                              # a data set of one batch
+        def __len__(self):
+            return 3
+
+        def passes(self, batch_size):
+            yield torch.randint(256, (3, 1, 3, 16, 16), dtype=torch.uint8), None
+
+    functions = [tokenizer.tokenize_in_passes, tokenizer.to_pictures.__wrapped__,
+                 tokenizer.evaluate.__wrapped__]
+    tracer, checked = shape_checker(functions, dict(B=3, M=3, N=64, H=16, W=16))
+    sys.settrace(tracer)
+    try:
+        tokenizer.evaluate(vq, Pictures(), torch.device("cpu"), 3)
+    finally:
+        sys.settrace(None)
+    assert {name for name, _ in checked} >= {"to_pictures", "evaluate"}
+
+
 @pytest.mark.parametrize("kind", ["c2i", "t2i"])
 def test_shape_comments_of_the_model_are_true(kind):
     L = 1 if kind == "c2i" else 5
@@ -150,7 +218,7 @@ def test_shape_comments_of_the_model_are_true(kind):
     gpt = model.GPT(config)
     functions = [model.rope_table, model.apply_rope, model.Attention.forward, model.LabelEmbedder.forward,
                  model.CaptionEmbedder.forward, model.GPT.forward, model.GPT.attention_mask,
-                 sample.generate.__wrapped__]
+                 model.KVCache.update, model.GPT.prefill, model.GPT.advance, sample.generate.__wrapped__]
     tracer, checked = shape_checker(functions, dict(N=16, L=L, D=48, G=2, d=12, V=96, E=24))
     cond = torch.tensor([1, 2, 3]) if kind == "c2i" else torch.randn(3, L, 24)
     mask = None if kind == "c2i" else torch.ones(3, L)
@@ -161,19 +229,24 @@ def test_shape_comments_of_the_model_are_true(kind):
     finally:
         sys.settrace(None)
     assert len({line for _, line in checked}) >= 9
+    assert {name for name, _ in checked} >= {"advance", "generate"}          # with the cache as well
 
 
-def test_shape_comments_of_the_text_encoder_are_true():
+def test_shape_comments_of_the_text_encoder_are_true(tmp_path):
     encoder = text.tiny_text_encoder(["a red star", "a blue heart on white"])
-    functions = [text.T5Attention.forward, text.T5Encoder.forward, text.TextEncoder.forward]
-    ids = encoder.tokenize(["a red star", "a star", "blue"])
+    functions = [text.T5Attention.forward, text.T5Encoder.forward, text.TextEncoder.forward,
+                 text.Captions.__call__]
+    prompts = ["a red star", "a star", "blue"]
+    ids, captions = encoder.tokenize(prompts), text.Captions([[prompt] for prompt in prompts], encoder)
+    captions.cache_features(encoder, tmp_path, "cpu")
     tracer, checked = shape_checker(functions, dict(B=3, L=ids.shape[1], H=4, d=48))
     sys.settrace(tracer)
     try:
         encoder(ids)
+        captions(captions.rows, None, "cpu")
     finally:
         sys.settrace(None)
-    assert len({line for _, line in checked}) >= 6
+    assert len({line for _, line in checked}) >= 8
 
 
 def test_the_shape_check_would_notice_a_wrong_comment(tmp_path):
@@ -202,3 +275,47 @@ def test_lines_fit_the_page():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 110, f"{path.name}:{number}"
+
+
+# Weight: what is counted by tests/lines.py
+
+CORE = lines.PATH_OF_A_PICTURE + lines.AROUND_IT
+
+
+def test_every_module_is_counted():
+    assert {path.name for path in ROOT.glob("*.py")} == set(CORE)
+
+
+def test_the_path_of_a_picture_and_the_whole_stay_within_their_lines():
+    assert lines.count(lines.PATH_OF_A_PICTURE) <= 2300
+    assert lines.count(CORE) <= 4450
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_a_fifth_of_each_file_explains_it(name):
+    share = lines.comment_share((ROOT / name).read_text())
+    assert 0.20 <= share <= 0.30
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_functions_fit_a_screen_and_only_main_is_longer(name):
+    for function, length in lines.functions((ROOT / name).read_text()):
+        assert length <= (110 if function == "main" else 60), f"{name}: {function} has {length} lines"
+
+
+def test_the_measures_count_what_they_say():
+    source = ('"""One\ntwo."""\n\n# three\nx = 1    # behind code\n'
+              'def f():\n    """Four."""\n    return "# none"\n')
+    assert lines.comment_share(source) == 4 / 7                  # of 7 lines that are not blank
+    assert lines.functions(source) == [("f", 3)]
+
+
+def counts_of(readme):
+    """The rows of the README's table of files: | 2 | [name.py](name.py) | 424 | ..."""
+    rows = re.findall(r"^\| *\d+ *\| *\[(\w+\.py)\]\(\1\) *\| *([\d,]+) *\|", readme, re.M)
+    return {name: int(number.replace(",", "")) for name, number in rows}
+
+
+def test_the_line_counts_in_the_readme_are_true():
+    assert counts_of("| 2 | [a.py](a.py) | 1,024 | text |") == {"a.py": 1024}
+    assert counts_of((ROOT / "README.md").read_text()) == {name: lines.count([name]) for name in CORE}

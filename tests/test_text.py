@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from conftest import ROOT
-from text import (Captions, T5Config, T5Encoder, T5Tokenizer, TextEncoder, WordTokenizer, clean_caption,
-                  load_t5, pretrained_text_encoder, relative_buckets, saved_text_encoder, tiny_text_encoder,
-                  tiny_text_encoder_from)
-from tokenizer import InputError
+from runs import InputError
+from text import (Captions, Classes, T5Config, T5Encoder, T5Tokenizer, TextEncoder, WordTokenizer,
+                  clean_caption, load_t5, pretrained_text_encoder, relative_buckets, saved_text_encoder,
+                  tiny_text_encoder, tiny_text_encoder_from)
 
 SMALL = dict(vocab_size=80, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=4)
 
@@ -141,6 +141,8 @@ def test_missing_parts_of_a_t5_folder_are_named(tmp_path):
 
 @pytest.mark.parametrize("file, content, message", [
     ("config.json", b"[1]", "no readable config.json"), ("config.json", b"\xff", "no readable config.json"),
+    ("config.json", b'{"d_model": null}', "no readable config.json"),
+    ("pytorch_model.bin.index.json", b'{"weight_map": {"a": 3}}', "there is no 3"),
     ("pytorch_model.bin.index.json", b'{"weight_map"', "fetch it again"),
     ("pytorch_model.bin.index.json", b"{}", "fetch it again"),
     ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1", "pytorch_model.bin"),
@@ -184,7 +186,11 @@ def test_the_same_model_as_tokenizer_json_gives_the_same_ids_and_knows_special_w
     assert other.encode("</s>") == [1, 1] and tokenizer.encode("</s>") != [1, 1]
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"{}", b'{"model": {"type": "BPE"}}', b"\x0a\xff"])
+WORDLESS = b'{"model": {"type": "Unigram", "vocab": [["a", "x"], ["b", "y"]]}, "added_tokens": []}'
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"{}", b'{"model": {"type": "BPE"}}', b"\x0a\xff",
+                                     WORDLESS])
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
     (tmp_path / "spiece.model").write_bytes(content)
     with pytest.raises(InputError, match="spiece.model"):
@@ -266,17 +272,39 @@ def test_cached_features_are_those_of_the_encoder_stored_without_padding(tmp_pat
     text = pretrained_text_encoder(tmp_path, length=12)
     captions = Captions(CAPTIONS, text)
     rows = np.array([3, 0, 2, 2])
-    features, mask = text(*captions.lookup(rows))
+    features, mask = captions(rows, text, "cpu")
+    assert torch.equal(features, text(captions.ids[rows])[0])
     captions.cache_features(text, tmp_path, "cpu", batch_size=2)
     file = np.load(next(tmp_path.glob("features.*.npy")))
     assert file.dtype == np.uint16 and file.shape == ((captions.ids != 0).sum(), 24)
-    kept, kept_mask = captions.lookup(rows)
+    kept, kept_mask = captions(rows, None, "cpu")
     assert torch.equal(kept_mask, mask)
     assert torch.allclose(kept.float(), features, rtol=1e-2, atol=1e-3) and (kept[~mask] == 0).all()
     monkeypatch.setattr(TextEncoder, "forward", None)            # found again, the encoder is not run
     again = Captions(CAPTIONS, text)
     again.cache_features(text, tmp_path, "cpu")
-    assert torch.equal(again.lookup(rows)[0], kept)
+    assert torch.equal(again(rows, None, "cpu")[0], kept)
+
+
+def test_prompts_keep_their_order_and_equal_ones_share_a_row_of_the_names():
+    prompts = ["a red star", "a blue heart", "a red star"]
+    text = tiny_text_encoder(prompts)
+    conditions = Captions([[prompt] for prompt in prompts], text)
+    rows = conditions.rows
+    assert conditions.names == prompts[:2] and rows.tolist() == [0, 1, 0]
+    assert conditions.draw(np.arange(3), np.random.default_rng(0)).tolist() == [0, 1, 0]
+    features, mask = conditions(rows, text, "cpu")
+    expected, expected_mask = text(text.tokenize(prompts))
+    assert torch.equal(features, expected) and torch.equal(mask, expected_mask)
+
+
+def test_classes_are_drawn_by_label_and_pictures_that_cannot_be_read_are_never_asked_for():
+    conditions = Classes(["cat", "dog"], np.array([1, -1, 0, 1]))
+    rows = conditions.draw(np.array([3, 2, 0]), np.random.default_rng(0))
+    cond, mask = conditions(rows, None, "cpu")
+    assert cond.dtype == torch.int64 and cond.tolist() == [1, 0, 1] and mask is None
+    cond, _ = Classes(["cat", "dog"])([1, 1], None, "cpu")       # without pictures, as when samples are drawn
+    assert cond.tolist() == [1, 1]
 
 
 def test_a_tiny_text_encoder_survives_a_checkpoint(tmp_path):
