@@ -29,7 +29,7 @@ def comment_share(source):
         if token.type == tokenize.COMMENT and token.line.strip().startswith("#"):
             explaining.add(token.start[0])
     filled = {number for number, line in enumerate(lines, 1) if line.strip()}
-    return len(explaining & filled) / max(1, len(filled))
+    return len(explaining) / max(1, len(filled))
 
 
 def count(names):
