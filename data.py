@@ -19,12 +19,11 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import tarfile
 import textwrap
 import unicodedata
-import urllib.request
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +33,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from runs import (InputError, SharedArray, counting, flag_parser, pick_device, rank_and_world, run,
-                  wait_for_all, weights_hash)
-from shapes import KINDS, SHAPES_COUNT, captioned_shapes, draw_shapes
-from tokenizer import (codebook_statistics, load_tokenizer, to_float, to_pictures, tokenize_in_passes)
+from runs import (DEVICE_HELP, InputError, SharedArray, counting, explained, flag_parser, pick_device,
+                  rank_and_world, run, short_hash, wait_for_all, weights_hash, whole_file)
+from shapes import BACKGROUNDS, COLOURS, KINDS, SHAPES_COUNT, SIZES, captioned_shapes, draw_shapes
+from tokenizer import (codebook_statistics, load_tokenizer, peak_signal_to_noise, to_float, to_pictures,
+                       tokenize_in_passes)
 
 ARRAY_NAMES = ("shapes", "fashion_mnist", "mnist", "cifar10")
 CACHE = Path(os.environ.get("LLAMAGEN_CACHE", Path.home() / ".cache" / "llamagen"))
-DEBIAN = Path("/usr/share/datasets")
+DEBIAN = Path("/usr/share/datasets")              # where Debian's dataset-fashion-mnist has its files
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -49,7 +49,9 @@ DEBIAN = Path("/usr/share/datasets")
 
 FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-PUBLIC_FILES = {                                                 # (data set, file): (address, md5)
+# (data set, file): (address, checksum). A checksum that is part of the name is the beginning of the sha256,
+# the others are the md5 that their authors publish.
+PUBLIC_FILES = {
     ("fashion_mnist", "train-images-idx3-ubyte.gz"): (FASHION, "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
     ("fashion_mnist", "train-labels-idx1-ubyte.gz"): (FASHION, "25c81989df183df01b3e8a0aad5dffbe"),
     ("fashion_mnist", "t10k-images-idx3-ubyte.gz"): (FASHION, "bef4ecab320f06d8554ea6380940ec79"),
@@ -58,23 +60,21 @@ PUBLIC_FILES = {                                                 # (data set, fi
     ("mnist", "train-labels-idx1-ubyte.gz"): (MNIST, "d53e105ee54ea40749a09fcbcd1e9432"),
     ("mnist", "t10k-images-idx3-ubyte.gz"): (MNIST, "9fb629c4189551a2d022fa330f9573f3"),
     ("mnist", "t10k-labels-idx1-ubyte.gz"): (MNIST, "ec29112dd5afa0611ce80d1b7f02629c"),
-    ("cifar10", "cifar-10-binary.tar.gz"): ("https://www.cs.toronto.edu/~kriz/",
-                                            "c32a1d4ab5d03f1284b67883e8d87530"),
-    ("inception", "pt_inception-2015-12-05-6726825d.pth"):       # sha256 in the name, as in the next one
-        ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/", None),
-    ("lpips", "vgg16-397923af.pth"): ("https://download.pytorch.org/models/", None),
+    ("cifar10", "cifar-10-binary.tar.gz"):
+        ("https://www.cs.toronto.edu/~kriz/", "c32a1d4ab5d03f1284b67883e8d87530"),
+    ("inception", "pt_inception-2015-12-05-6726825d.pth"):
+        ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/", "6726825d"),
+    ("lpips", "vgg16-397923af.pth"): ("https://download.pytorch.org/models/", "397923af"),
     ("lpips", "vgg.pth"): ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/",
                            "d507d7349b931f0638a25a48a722f98a"),
 }
 
 
 def find_file(group, name, data_dir=None):
-    """Path of one public file: in data_dir, the cache, Debian's data sets (.gz or not), else downloaded to
-    the cache."""
+    """Path of one public file: in data_dir, the cache, Debian's data sets (.gz or not), else downloaded."""
     dashed = group.replace("_", "-")
     folders = [Path(data_dir) / sub for sub in ("", group, dashed)] if data_dir else []
-    folders += [CACHE / group, DEBIAN / dashed]
-    for folder in folders:
+    for folder in (*folders, CACHE / group, DEBIAN / dashed):
         for candidate in (folder / name, folder / name.removesuffix(".gz")):
             if candidate.is_file():
                 return candidate
@@ -82,53 +82,41 @@ def find_file(group, name, data_dir=None):
 
 
 def download(group, name):
-    """Fetch one public file into the cache folder with a progress bar, check it, and only then give it its
-    name."""
-    address, md5 = PUBLIC_FILES[group, name]
-    target = CACHE / group / name
-    partial = target.with_name(f"{name}.{os.getpid()}.partial")
-    try:
+    """Fetch one public file into the cache with a progress bar, check it, and only then give it its name."""
+    address, checksum = PUBLIC_FILES[group, name]
+    target, patience = CACHE / group / name, socket.getdefaulttimeout()
+    cure = f"get {address}{name} and put it into {target.parent}"
+    with explained(f"{name} is not on this machine and cannot be downloaded", cure, OSError), \
+            whole_file(target) as partial:
         target.parent.mkdir(parents=True, exist_ok=True)
-        digest = {"md5": hashlib.md5(), "sha256": hashlib.sha256()}
-        with urllib.request.urlopen(address + name, timeout=20) as source, open(partial, "wb") as out, \
-                tqdm(total=int(source.headers.get("Content-Length", 0)), unit="B", unit_scale=True,
-                     desc=name) as bar:
-            while block := source.read(1 << 20):
-                out.write(block)
-                bar.update(len(block))
-                for h in digest.values():
-                    h.update(block)
-        good = digest["md5"].hexdigest() == md5 if md5 else digest["sha256"].hexdigest()[:8] in name
-        if not good:
+        # torch.hub sets none, and a server that falls silent would hold us for ever.
+        socket.setdefaulttimeout(20)
+        try:
+            torch.hub.download_url_to_file(address + name, str(partial))
+        finally:
+            socket.setdefaulttimeout(patience)
+        found = hashlib.new("sha256" if checksum in name else "md5", partial.read_bytes()).hexdigest()
+        if not found.startswith(checksum):
             raise InputError(f"{address}{name} arrived damaged (wrong checksum): try again")
-        partial.rename(target)
-    except OSError as error:                                   # no network, no such host, time out, disk full
-        raise InputError(f"{name} is not on this machine and cannot be downloaded ({error}): "
-                         f"get {address}{name} and put it into {target.parent}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 
 def read_idx(path):
-    """An IDX file (MNIST's format): 2 zero bytes, type 8 = uint8, number of axes, one big-endian int32 per
-    axis, data."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} cannot be read ({error}): delete it and fetch it again") from None
-    axes = data[3] if data[:3] == b"\0\0\x08" else 0
-    start = 4 + 4 * axes
-    shape = np.frombuffer(data[4:start], ">i4").tolist() if len(data) >= start else []
-    if not shape or len(data) != start + math.prod(shape):
-        raise InputError(f"{path} is not a complete IDX file: delete it and fetch it again")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    """An IDX file (MNIST's format): 2 zero bytes, type 8 = uint8, number of axes, their lengths as big-endian
+    int32, data. Zipped or not: Debian's are, unpacked copies are not."""
+    with explained(f"{path} cannot be read", "delete it and fetch it again"):
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        begin = 4 + 4 * content[3]
+        shape = np.frombuffer(content[4:begin], ">i4").tolist()
+        if content[:3] != b"\0\0\x08" or not shape or len(content) != begin + math.prod(shape):
+            raise ValueError("it is not a complete IDX file")
+        return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
 
 
 def load_idx(name, split, data_dir):
-    """MNIST or Fashion-MNIST: images uint8 (M, 32, 32, 3) from 28 x 28 grey ones with a black rim, labels
-    int64 (M,)."""
+    """MNIST or Fashion-MNIST: images uint8 (M, 32, 32, 3), labels int64 (M,). A rim of 2 black pixels around
+    the 28 x 28 grey ones makes them divisible by every tokenizer's 4, 8 or 16."""
     part = {"train": "train", "test": "t10k"}[split]
     images = read_idx(find_file(name, f"{part}-images-idx3-ubyte.gz", data_dir))
     labels = read_idx(find_file(name, f"{part}-labels-idx1-ubyte.gz", data_dir))
@@ -139,24 +127,22 @@ def load_idx(name, split, data_dir):
 
 
 def load_cifar10(split, data_dir):
-    """CIFAR-10's binary version: records of 1 label byte and 3 x 32 x 32 pixel bytes. (The python version is
-    a pickle.)"""
+    """CIFAR-10's binary version: records of 1 label byte and 3 x 32 x 32 pixel bytes. (The version for Python
+    is a pickle, and reading a pickle runs what is in it.)"""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     folders = [Path(data_dir) / sub for sub in ("", "cifar-10-batches-bin")] if data_dir else []
     unpacked = next((f for f in folders if all((f / name).is_file() for name in names)), None)
-    if unpacked:
-        raw = b"".join((unpacked / name).read_bytes() for name in names)
-    else:
-        archive = find_file("cifar10", "cifar-10-binary.tar.gz", data_dir)
-        try:
-            with tarfile.open(archive) as tar:
+    source = unpacked or find_file("cifar10", "cifar-10-binary.tar.gz", data_dir)
+    with explained(f"{source} is not CIFAR-10's binary archive", "delete it and fetch it again"):
+        if unpacked:
+            raw = b"".join((unpacked / name).read_bytes() for name in names)
+        else:
+            with tarfile.open(source) as tar:
                 raw = b"".join(tar.extractfile(f"cifar-10-batches-bin/{name}").read() for name in names)
-        except (tarfile.TarError, OSError, EOFError, KeyError, zlib.error) as error:
-            raise InputError(f"{archive} is not CIFAR-10's binary archive ({error})") from None
-    if not raw or len(raw) % 3073:
-        raise InputError("the CIFAR-10 files are incomplete: fetch cifar-10-binary.tar.gz again")
-    records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
-    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        records = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
+        if not len(records):
+            raise ValueError("it is empty")
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)       # planes -> (M, 32, 32, 3)
     return np.ascontiguousarray(images), records[:, 0].astype(np.int64)
 
 
@@ -167,30 +153,31 @@ def imagenet_names():
 
 CLASS_NAMES = {
     "shapes": list(KINDS),
-    "fashion_mnist": ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
-                      "boot"],
+    "fashion_mnist": "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split(),
     "mnist": [str(digit) for digit in range(10)],
-    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
 }
 
 
-def load_array(name, split="train", n=None, data_dir=None, size=32):
-    """A data set that fits in memory: images uint8 (M, H, W, 3), labels int64 (M,), captions (list of M, or
-    None).
+def load_array(name, split="train", n=None, data_dir=None, size=32, captioned=False):
+    """A data set that fits in memory: images uint8 (M, H, W, 3), labels int64 (M,), M captions or None.
 
-    name: shapes, fashion_mnist, mnist or cifar10. n: only the first n images. size: side in pixels, for
-    shapes.
+    name: one of ARRAY_NAMES. n: only the first n images. size: side in pixels. captioned: of shapes, those
+    for text: scenes of two as well, without the held-out pairs, and n of them evenly spread.
     """
     if name not in ARRAY_NAMES:
-        raise InputError(f"unknown data set {name!r}: use one of {', '.join(ARRAY_NAMES)}, or the path of a "
-                         f"folder")
+        raise InputError(f"unknown data set {name!r}: use one of {', '.join(ARRAY_NAMES)}, or a folder")
     if split not in ("train", "test"):
         raise InputError(f"unknown split {split!r}: use train or test")
     if name == "shapes":
         count = SHAPES_COUNT[split] if n is None else min(n, SHAPES_COUNT[split])
-        images, items = draw_shapes(split, 0, count, size)
-        labels = np.array([list(KINDS).index(item["kind"]) for item in items], np.int64)
+        images, items = captioned_shapes(split, n, size) if captioned else draw_shapes(split, 0, count, size)
+        # Of a scene the class is that of its first shape.
+        kinds = [item.get("shapes", [item])[0]["kind"] for item in items]
+        labels = np.array([list(KINDS).index(kind) for kind in kinds], np.int64)
         return images, labels, [item["caption"] for item in items]
+    if captioned:
+        raise InputError(f"{name} has no captions: leave --cond text, or use shapes or your own pictures")
     if size != 32:
         raise InputError(f"{name} has pictures of 32x32 pixels: leave --image-size at 32")
     images, labels = load_cifar10(split, data_dir) if name == "cifar10" else load_idx(name, split, data_dir)
@@ -207,6 +194,7 @@ def image_files(folder):
 
 @functools.cache
 def image_endings():
+    """.jpg, .png and so on: all that this machine's Pillow can open."""
     Image.init()
     return {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
 
@@ -230,11 +218,13 @@ class TarMember:
 
 
 def read_image(file):
-    """Any picture that Pillow reads, from a Path or a TarMember, as RGB and the right way up; transparent
-    parts become white."""
+    """Any picture that Pillow reads, from a Path or a TarMember: RGB, the right way up, on white where it is
+    transparent."""
     image = Image.open(io.BytesIO(file.read_bytes()))
-    image = ImageOps.exif_transpose(image)                    # cameras store the rotation instead of rotating
-    if image.mode.startswith("I"):                         # 16-bit grey: convert("RGB") would clip, not scale
+    # Cameras store how they were held instead of turning the picture.
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # 16-bit grey: convert("RGB") would clip it, not scale it.
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -243,8 +233,8 @@ def read_image(file):
 
 
 def shrink(image, target):
-    """Make the shorter side `target` pixels: halve with a box filter while possible, then bicubic (as ADM
-    does)."""
+    """Make the shorter side `target` pixels: halve with a box filter while possible, then bicubic. So ADM and
+    the paper do it, and FID notices how pictures were made smaller."""
     while min(image.size) >= 2 * target:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = target / min(image.size)
@@ -278,6 +268,7 @@ def fixed_crops(image, size, flip=True, ranges=()):
 
 def random_crop(image, size, rng, min_share=0.8):
     """A random square that covers between `min_share` and all of the shorter side, uint8 (size, size, 3)."""
+    # The share is drawn as the side to which the whole picture is shrunk; of that a square of `size` is cut.
     target = int(rng.integers(size, math.ceil(size / min_share) + 1))
     pixels = np.asarray(shrink(image, target))
     top = rng.integers(pixels.shape[0] - size + 1)
@@ -299,6 +290,7 @@ def batch_indices(count, batch_size, seed, start=0):
     per_epoch = max(count // batch_size, 1)
     epoch, first = divmod(start, per_epoch)
     while True:
+        # A prime far above any seed given by hand, so that the next epoch is not the first of the next seed.
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + 1000003 * epoch))
         for i in range(first, per_epoch):
             yield order[i * batch_size:(i + 1) * batch_size]
@@ -310,19 +302,16 @@ def in_order(count, batch_size):
     return [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
 
 
+# What a data set has: labels, class_names, captions, crops, size, arguments (load_data's, to open it again),
+# a fingerprint, and three ways through its pictures: batches (endless, for training), take (chosen ones),
+# passes (each once). Nothing else is asked of it, so arrays, folders and archives are exchangeable.
+
 class ArrayData:
-    """A data set held in memory. Indexing is one tensor operation per batch, on the device that holds the
-    pixels."""
+    """A data set held in memory: a batch is one indexing operation on the device that holds the pixels."""
 
     def __init__(self, name, split, size=32, n=None, data_dir=None, captioned=False):
-        if captioned and name != "shapes":
-            raise InputError(f"{name} has no captions: leave --cond text, or use shapes or your own pictures")
-        if captioned:
-            images, items = captioned_shapes(split, n, size)
-            labels = np.array([list(KINDS).index(item.get("shapes", [item])[0]["kind"]) for item in items])
-        else:
-            images, labels, _ = load_array(name, split, n, data_dir, size)
-        self.captions = [[item["caption"]] for item in items] if captioned else None     # a list per picture
+        images, labels, captions = load_array(name, split, n, data_dir, size, captioned)
+        self.captions = [[caption] for caption in captions] if captioned else None   # a list for each picture
         self.class_names, self.size = CLASS_NAMES[name], size
         self.images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # (M, 3, H, W) uint8
         self.labels = torch.from_numpy(labels)                                               # (M,)
@@ -333,9 +322,7 @@ class ArrayData:
         return len(self.labels)
 
     def fingerprint(self):
-        captions = repr(self.captions).encode() if self.captions else b""
-        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes() +
-                              captions).hexdigest()
+        return short_hash([self.images.numpy().tobytes(), self.labels.numpy().tobytes(), self.captions])
 
     def batches(self, batch_size, seed, start=0, device="cpu"):
         """Endless training batches (B, 3, H, W) in [-1, 1]."""
@@ -363,26 +350,24 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
+def warning(message):
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def split_folders(root, split):
-    """The folder of the training pictures and that of this split: root/train and root/val (or root/test)
-    where they exist, else root itself, twice."""
+    """The folder of the training pictures, that of this split, and whether it is one of its own: root/train
+    and root/val (or root/test) where they exist, else root itself, twice."""
     root = Path(root)
     base = root / "train" if (root / "train").is_dir() else root
     other = next((root / name for name in ("val", "test") if base != root and (root / name).is_dir()), base)
-    return base, other if split == "test" else base
-
-
-def hold_out(items, split):
-    """Of a list without splits of its own: every 20th for the test, the others for training."""
-    return [item for i, item in enumerate(items) if (i % 20 == 0) == (split == "test")]
+    return base, other if split == "test" else base, other != base
 
 
 class FolderData(torch.utils.data.Dataset):
-    """Pictures in one sub-folder per class (a folder without sub-folders is one class), read when they are
-    needed.
+    """Pictures in one sub-folder per class (without sub-folders: one class), read when they are needed.
 
     root/train and root/val (or root/test) are the splits where they exist; else every 20th picture is held
-    out. A file that cannot be read is skipped, and `warn` names all of them in one line.
+    out. A file that cannot be read is skipped; `warn` counts these files and names the first five.
     """
     captioned = False
 
@@ -390,40 +375,45 @@ class FolderData(torch.utils.data.Dataset):
         self.size, self.flip, self.ranges = size, flip, tuple(ranges)
         self.crops = (5 * len(self.ranges) or 1) * (2 if flip else 1)       # see fixed_crops
         self.arguments = dict(name=str(root), split=split, size=size, n=n, flip=flip, ranges=list(ranges))
-        # n: every so many-th file, because the first n of an ordered list would all be of the first class
-        entries = spread(self.find_files(root, split), n)
+        base, source, own_split = split_folders(root, split)
+        entries = self.find_files(base, source)
+        if not own_split and len(entries) > 1:
+            entries = [entry for i, entry in enumerate(entries) if (i % 20 == 0) == (split == "test")]
+        # n: every so many-th file, because the first n of an ordered list would all be of the first class.
+        entries = spread(entries, n)
         self.files = [(file, label) for file, label, _ in entries]
         self.captions = [captions for _, _, captions in entries] if self.captioned else None
         self.labels = torch.tensor([label for _, label in self.files])
+        # This ends at the first picture that can be read.
         if all(self.read(i, center_crop) is None for i in range(len(self.files))):
             raise InputError(f"none of the {len(self.files)} pictures in {root} can be read (the first is "
                              f"{self.files[0][0].name}): are they whole, and of a format that Pillow knows?")
 
-    def find_files(self, root, split):
-        """(file, class id, captions) of every picture of the split, not yet read."""
-        base, source = split_folders(root, split)
-        folders = [f for f in sorted(base.iterdir()) if f.is_dir() and not f.name.startswith(".")]
-        self.class_names = [f.name for f in folders] or [base.resolve().name]
-        files = []
-        for label, name in enumerate(self.class_names):
-            files += [(path, label, None) for path in image_files(source / name if folders else source)]
-        if split_folders(root, "test")[1] == base and len(files) > 1:
-            files = hold_out(files, split)
+    def find_files(self, base, source):
+        """(file, class id, captions) of every picture below `source`, not yet read; the classes are those of
+        the training pictures in `base`."""
+        folders = [f.name for f in sorted(base.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+        self.class_names = folders or [base.resolve().name]
+        number, found = {name: label for label, name in enumerate(folders)}, image_files(source)
+        depth = len(source.parts)                    # the part of a path that names the class
+        files = [(path, number.get(path.parts[depth], 0), None) for path in found
+                 if not folders or path.parts[depth] in number]
         if not files:
             raise InputError(f"{source} holds no pictures: put them into one sub-folder per class, as in "
                              f"{source / 'cat' / 'photo.jpg'}")
+        if len(files) < len(found):
+            warning(f"left out {len(found) - len(files)} pictures of {source} that are in no sub-folder of a "
+                    f"class of {base}: move them into one")
         return files
 
     def __len__(self):
         return len(self.files)
 
     def fingerprint(self):
-        """A hash of every file's path, length and time of change: reading all pixels would take hours for
-        ImageNet."""
-        stats = [repr(file) if isinstance(file, TarMember) else
+        """Of every file path, length and time of change: reading ImageNet's pixels would take hours."""
+        stats = [file if isinstance(file, TarMember) else
                  (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file, _ in self.files]
-        stats.append(self.labels.tolist())
-        return hashlib.sha256(repr((self.size, self.flip, self.ranges, stats)).encode()).hexdigest()
+        return short_hash([self.size, self.flip, self.ranges, self.captions, self.labels.tolist(), stats])
 
     def read(self, i, crop, *more):
         """One picture as uint8 (size, size, 3), or None if it cannot be read."""
@@ -432,65 +422,71 @@ class FolderData(torch.utils.data.Dataset):
         except Exception:   # Pillow's readers raise almost anything on a damaged file; no file may stop a run
             return None
 
-    def __getitem__(self, key):
-        """(i, seed) -> (i, a random crop (3, H, W)) for training; i -> (i, all crops (K, 3, H, W)). None if
-        unreadable."""
-        if isinstance(key, tuple):
-            i, rng = key[0], np.random.default_rng(key)
-            pixels = self.read(i, random_crop, rng)
-            pixels = pixels if pixels is None or not self.flip or rng.random() < 0.5 else pixels[:, ::-1]
-        else:
-            i, pixels = key, self.read(key, fixed_crops, self.flip, self.ranges)
-        if pixels is not None:
-            pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
-        return i, pixels
+    def __getitems__(self, keys):
+        """A whole batch, made in a worker: each key is an index, for all fixed crops of that picture, or
+        (index, seed), for one random crop. Images uint8 (B, K, 3, H, W) or (B, 3, H, W), labels (B,). What
+        cannot be read is black and has the label -1.
+
+        As one tensor a batch needs one file descriptor on its way out of the worker. One tensor per picture
+        would need as many: 8 workers with 2 batches of 128 are beyond the usual limit of 1,024.
+        """
+        random = isinstance(keys[0], tuple)
+        shape = (3, self.size, self.size) if random else (self.crops, 3, self.size, self.size)
+        images = torch.zeros(len(keys), *shape, dtype=torch.uint8)
+        labels = torch.full((len(keys),), -1)
+        for row, key in enumerate(keys):
+            i, rng = (key[0], np.random.default_rng(key)) if random else (key, None)
+            crop = (random_crop, rng) if random else (fixed_crops, self.flip, self.ranges)
+            pixels = self.read(i, *crop)
+            if pixels is not None:
+                pixels = pixels[:, ::-1] if random and self.flip and rng.random() >= 0.5 else pixels
+                images[row] = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
+                labels[row] = self.files[i][1]
+        return images, labels
 
     def loader(self, batch_sampler):
-        """A DataLoader with worker processes; they leave Ctrl-C to the main process, which saves before it
-        ends."""
-        workers = min(8, os.cpu_count() or 1)
+        """A DataLoader with worker processes, which leave Ctrl-C to the main one: it saves before it ends."""
         # A generator of its own: else every loader would take a number from the one that training uses, and
         # a resumed run would draw others than one that went through.
-        return torch.utils.data.DataLoader(self, batch_sampler=batch_sampler, num_workers=workers,
-                                           collate_fn=list, worker_init_fn=ignore_interrupts,
-                                           generator=torch.Generator())
+        return torch.utils.data.DataLoader(
+            self, batch_sampler=batch_sampler, num_workers=min(8, os.cpu_count() or 1), collate_fn=tuple,
+            worker_init_fn=ignore_interrupts, generator=torch.Generator())
 
     def warn(self, skipped):
-        """One warning that counts and names the pictures with these indices, which cannot be read."""
+        """One warning that counts the pictures with these indices, which cannot be read, and names five."""
         if len(skipped):
             names = [str(self.files[i][0]) for i in sorted(skipped)]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            print(f"warning: skipped {len(names)} of {len(self)} pictures that cannot be read: "
-                  f"{', '.join(names[:5])}{more}", file=sys.stderr)
+            warning(f"skipped {len(names)} of {len(self)} pictures that cannot be read: "
+                    f"{', '.join(names[:5])}{more}")
 
     def batches(self, batch_size, seed, start=0, device="cpu"):
         """Endless training batches (B, 3, H, W) in [-1, 1], cropped at random the same way for the same
-        (seed, step)."""
-        keys = ([(i, seed + step) for i in index.tolist()] for step, index in
-                enumerate(batch_indices(len(self), batch_size, seed, start), start))
-        for samples in self.loader(keys):
-            images = [pixels for _, pixels in samples if pixels is not None]
-            if images:
+        (seed, step). What could not be read in the first epoch is told at its end."""
+        order, again = (batch_indices(len(self), batch_size, seed, start) for _ in range(2))
+        keys = ([(i, seed + step) for i in index.tolist()] for step, index in enumerate(order, start))
+        skipped = []
+        for count, (index, (images, labels)) in enumerate(zip(again, self.loader(keys)), 1):
+            skipped += index[labels < 0].tolist()
+            if count == max(len(self) // batch_size, 1):
+                self.warn(skipped)
+            good = images[labels >= 0]
+            if len(good):
                 # Unreadable pictures are replaced by others of the batch, so that its size, and with it the
                 # compiled step, stays the same.
-                images = torch.stack([images[i % len(images)] for i in range(len(samples))])
-                yield to_float(to_device(images, device))
+                yield to_float(to_device(good[torch.arange(len(images)) % len(good)], device))
 
     def take(self, batches):
         """The pictures of each list of indices: uint8 (B, K, 3, H, W) and labels (B,). What cannot be read is
         black and has the label -1."""
-        black = torch.zeros(self.crops, 3, self.size, self.size, dtype=torch.uint8)
-        for samples in self.loader(batches):
-            labels = [-1 if pixels is None else self.files[i][1] for i, pixels in samples]
-            yield (torch.stack([black if pixels is None else pixels for _, pixels in samples]),
-                   torch.tensor(labels))
+        return iter(self.loader(batches))
 
     def passes(self, batch_size):
         """One pass in order: uint8 (B, K, 3, H, W) and labels (B,), without the unreadable pictures."""
         batches, skipped = in_order(len(self), batch_size), []
         for batch, (images, labels) in zip(batches, self.take(batches)):
             good = labels >= 0
-            skipped += [i for i, fine in zip(batch, good.tolist()) if not fine]
+            skipped += torch.tensor(batch)[~good].tolist()
             if good.any():
                 yield images[good], labels[good]
         self.warn(skipped)
@@ -519,11 +515,10 @@ class CaptionedData(FolderData):
         super().__init__(source, split, size, n, flip, ranges)
         self.arguments["captioned"] = captioned
 
-    def find_files(self, source, split):
-        base, folder = split_folders(source, split)
-        shards = sorted(folder.glob("*.tar")) if folder.is_dir() else [folder] * (folder.suffix == ".tar")
-        found = (tar_entries(shards) if shards else folder_entries(folder) if folder.is_dir() else
-                 jsonl_entries(folder))
+    def find_files(self, _, source):
+        shards = sorted(source.glob("*.tar")) if source.is_dir() else [source] * (source.suffix == ".tar")
+        found = (tar_entries(shards) if shards else folder_entries(source) if source.is_dir() else
+                 jsonl_entries(source))
         files, lacking = [], Counter()
         for file, captions, label in found:
             if file is None:
@@ -534,19 +529,20 @@ class CaptionedData(FolderData):
                 files.append((file, label, captions))
         total = len(files) + lacking.total()
         if not files:
-            raise InputError(f"{folder} holds no pictures with captions: of {total} entries "
+            raise InputError(f"{source} holds no pictures with captions: of {total} entries "
                              f"{lacking['picture']} lack the picture, {lacking['caption']} the caption. Give "
                              'a .jsonl of {"image": path, "text": caption}, a folder with picture.txt beside '
                              "picture.png, or .tar archives of such pairs")
         if lacking:
-            print(f"warning: left out {lacking.total()} of {total} entries of {folder}: "
-                  f"{lacking['picture']} lack the picture, {lacking['caption']} the caption", file=sys.stderr)
+            warning(f"left out {lacking.total()} of {total} entries of {source}: {lacking['picture']} lack "
+                    f"the picture, {lacking['caption']} the caption")
+        beside = len(image_files(source)) if shards and source.is_dir() else 0
+        if beside:
+            warning(f"left out {beside} pictures beside the .tar archives of {source}: move them elsewhere")
+        if not shards and source.is_dir() and any(source.glob("*.jsonl")):
+            warning(f"the .jsonl in {source} is not read, picture.txt beside a picture is: name it to use it")
         self.class_names = [str(i) for i in range(1 + max(label for _, label, _ in files))]
-        own_split = split_folders(source, "test")[1] != base
-        return files if own_split or len(files) == 1 else hold_out(files, split)
-
-    def fingerprint(self):
-        return hashlib.sha256((super().fingerprint() + repr(self.captions)).encode()).hexdigest()
+        return files
 
 
 def caption_list(found):
@@ -555,26 +551,32 @@ def caption_list(found):
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
-# Each of the three yields (file or None, captions, class id) per picture.
+def json_dict(text):
+    """The dict that a piece of JSON holds; empty for anything else, so a bad line costs only itself."""
+    try:
+        record = json.loads(text)
+    except ValueError:
+        record = None
+    return record if isinstance(record, dict) else {}
+
+
+# Each of the three yields (file or None, captions, class id) per picture. What is missing is not left out
+# here: CaptionedData counts it.
 
 def jsonl_entries(path):
-    try:
-        lines = path.read_bytes().split(b"\n")       # not splitlines: JSON may have U+2028 inside its strings
-    except OSError as error:
-        raise InputError(f"--data {path} cannot be read ({error})") from None
+    """A line is a picture. Its path is seen from the .jsonl, so that both can be moved together."""
+    # Not splitlines: JSON may have U+2028 inside its strings.
+    with explained(f"--data {path} cannot be read", "is it a text file?", OSError):
+        lines = path.read_bytes().split(b"\n")
     for line in filter(bytes.strip, lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("image"), str):
-            yield None, [], 0
-            continue
-        file = path.parent / record["image"]
-        yield file if file.is_file() else None, caption_list(record.get("text")), 0
+        record = json_dict(line)
+        image = record.get("image")
+        file = path.parent / image if isinstance(image, str) else None
+        yield file if file and file.is_file() else None, caption_list(record.get("text")), 0
 
 
 def folder_entries(folder):
+    """A picture file is a picture; its captions are the lines of the .txt of the same name, if any."""
     for file in image_files(folder):
         text = file.with_suffix(".txt")
         captions = text.read_text(encoding="utf-8", errors="replace").splitlines() if text.is_file() else []
@@ -582,8 +584,11 @@ def folder_entries(folder):
 
 
 def tar_entries(shards):
+    """Members with the same name but for its endings are one picture, as WebDataset has it."""
     for shard in shards:
-        samples, changed = {}, shard.stat().st_mtime_ns          # name without its endings: {ending: member}
+        # Members may come in any order, so all are found before any is read: {name without its endings:
+        # {ending: member}}. Only headers are read for this, the pictures stay where they lie.
+        samples, changed = {}, shard.stat().st_mtime_ns
         try:
             with tarfile.open(shard, "r:") as tar:
                 for member in filter(tarfile.TarInfo.isfile, tar):
@@ -596,23 +601,22 @@ def tar_entries(shards):
                 raise InputError(f"{shard} is not a .tar archive ({error}); compressed ones are not read: "
                                  "gunzip them") from None
             what = "ends early" if samples else "is left out, it is no archive"
-            print(f"warning: {shard} {what} ({error})", file=sys.stderr)
+            warning(f"{shard} {what} ({error})")
         for parts in samples.values():
             image = next((file for ending, file in parts.items() if ending in image_endings()), None)
             yield image, tar_captions(parts), tar_class(parts)
 
 
 def tar_captions(parts):
+    """From .txt, a caption a line, else from .json, under the names that web data sets use."""
     if ".txt" in parts:
         return caption_list(parts[".txt"].read_bytes().decode("utf-8", "replace").splitlines())
-    try:
-        record = json.loads(parts[".json"].read_bytes())
-        return caption_list(record.get("text") or record.get("caption"))
-    except (KeyError, ValueError, AttributeError):
-        return []
+    record = json_dict(parts[".json"].read_bytes()) if ".json" in parts else {}
+    return caption_list(record.get("text") or record.get("caption"))
 
 
 def tar_class(parts):
+    """The class id in .cls, 0 without one. 7 digits are no id: the table of classes has to fit."""
     text = parts[".cls"].read_bytes().strip() if ".cls" in parts else b""
     return int(text) if text.isdigit() and len(text) < 7 else 0
 
@@ -620,12 +624,10 @@ def tar_class(parts):
 def draw_emoji(font, folder, size=32):
     """The worked example of captioned pictures: every emoji of a colour font that is one code point, on
     white, as folder/1f600.png, its lower-cased Unicode name in 1f600.txt. Returns how many."""
-    try:
-        font = ImageFont.truetype(font, 109)                     # the one size of Noto's bitmaps
-    except OSError as error:
-        raise InputError(f"--font {font} cannot be used ({error}): on Debian, apt-get install "
-                         "fonts-noto-color-emoji puts NotoColorEmoji.ttf into "
-                         "/usr/share/fonts/truetype/noto") from None
+    with explained(f"--font {font} cannot be used", "on Debian, apt-get install fonts-noto-color-emoji puts "
+                   "NotoColorEmoji.ttf into /usr/share/fonts/truetype/noto", OSError):
+        # The one size in which Noto's bitmaps are stored; they fill 136 x 128 pixels.
+        font = ImageFont.truetype(font, 109)
     folder, count = Path(folder), 0
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -633,6 +635,8 @@ def draw_emoji(font, folder, size=32):
         canvas = Image.new("RGB", (136, 136), "white")
         ImageDraw.Draw(canvas).text((0, 4), character, font=font, embedded_color=True)
         return canvas
+
+    # A font draws what it lacks as nothing or as the box that stands for every missing character.
     blank, missing = picture(" ").tobytes(), picture("\U0010fffd").tobytes()
     for code in range(0xa9, 0x1fb00):
         name = unicodedata.name(chr(code), "").lower()
@@ -669,82 +673,86 @@ def load_data(name, split, size=32, n=None, data_dir=None, flip=None, ranges=(),
 # ------------------------------------------------------------------------------------------------------------
 # Codes: every picture as tokens, computed once
 
+def check_tokenizer(vq, size, name="the tokenizer"):
+    """Refuse a tokenizer that cannot make codes of pictures of size x size pixels."""
+    if vq.config.codebook_size > 65536:
+        raise InputError(f"{name} has a codebook of {vq.config.codebook_size:,} entries: with 16 bits for a "
+                         "token it may have at most 65,536")
+    if size % vq.config.downsample:
+        raise InputError(f"--image-size {size} is not a multiple of {vq.config.downsample}, the pixels that "
+                         f"{name} makes one token of")
+
+
 @torch.inference_mode()
 def extract_codes(vq, vq_hash, data, folder, device, batch_size=32):
     """Fill `folder` with the tokens of a whole data set, unless they are there. Under torchrun each process
-    does its share; killed, the same call goes on where it was.
+    does its share; killed at any moment, the same call goes on where it was.
 
-    codes.npy    uint16 (M, K, N), for np.load(..., mmap_mode="r")
-    labels.npy   int64 (M,)
+    labels.npy   int64 (M,); -1: this picture could not be read, and its codes are those of a black one
     captions.json  for captioned pictures, a list of M lists of strings
-    about.json   the data set, its class names, the tokenizer's hash; written last, so with it all is complete
+    about.json   the data set, its class names, the tokenizer's hash, the numbers of the unreadable pictures
+    codes.npy    uint16 (M, K, N), for np.load(..., mmap_mode="r"); named last, so with it all is complete
     """
-    if vq.config.codebook_size > 65536:
-        raise InputError(f"a codebook of {vq.config.codebook_size:,} entries: tokens are stored in 16 bits, "
-                         "so it may have at most 65,536")
-    folder = Path(folder)
-    key = code_key(vq_hash, data)
+    check_tokenizer(vq, data.size)
+    folder, key = Path(folder), code_key(vq_hash, data)
     if (folder / "about.json").exists():
         if read_about(folder)["key"] != key:
             raise InputError(f"{folder} holds the codes of other pictures or of another tokenizer: choose "
-                             f"another folder, or delete it")
-        return
+                             "another folder, or delete it")
+        if (folder / "codes.npy").exists():
+            return
     N = (data.size // vq.config.downsample) ** 2
     codes = SharedArray(folder / "codes.npy", (len(data), data.crops, N), np.uint16, key)
     batches = [codes.mine[i:i + batch_size].tolist() for i in range(0, len(codes.mine), batch_size)]
     with tqdm(total=len(codes.mine), desc="tokenizing", unit=" images") as bar:
-        for batch, (images, labels) in zip(batches, data.take(batches)):
+        for batch, (images, labels) in zip(batches, data.take(batches)):                 # (B, K, 3, H, W)
             tokens = tokenize_in_passes(vq, images.flatten(0, 1), device)                # (B K, N)
-            codes.rows[batch] = tokens.unflatten(0, images.shape[:2]).cpu().numpy()
+            codes.rows[batch] = tokens.unflatten(0, images.shape[:2]).cpu().numpy()      # (B, K, N)
             codes.done[batch] = np.where(labels.numpy() < 0, codes.SKIPPED, codes.DONE)
             bar.update(len(batch))
     wait_for_all()
-    skipped = np.flatnonzero(codes.done == codes.SKIPPED)
     if rank_and_world()[0] == 0:
+        skipped = np.flatnonzero(codes.done == codes.SKIPPED)
         data.warn(skipped)
         labels = data.labels.numpy().copy()
         labels[skipped] = -1
+        # Codes from before that nothing tells about would pass for these ones if all ended here.
+        (folder / "codes.npy").unlink(missing_ok=True)
         np.save(folder / "labels.npy", labels)
         if data.captions:
             (folder / "captions.json").write_text(json.dumps(data.captions))
         about = dict(key=key, vq_hash=vq_hash, data=data.arguments, class_names=data.class_names,
                      skipped=skipped.tolist())
-        (folder / "about.new").write_text(json.dumps(about))
+        with whole_file(folder / "about.json") as partial:
+            partial.write_text(json.dumps(about))
     codes.finish()
-    if rank_and_world()[0] == 0:
-        (folder / "about.new").replace(folder / "about.json")
-    wait_for_all()
 
 
 def code_key(vq_hash, data):
     """A name for these pictures, crops and tokenizer weights: codes with the same key are the same."""
-    return hashlib.sha256(f"{vq_hash} {data.fingerprint()}".encode()).hexdigest()[:16]
+    return short_hash([vq_hash, data.fingerprint()])
 
 
 def read_about(folder):
-    try:
+    """What is known about the codes in a folder: see extract_codes."""
+    cure = "make them with python data.py extract"
+    with explained(f"{folder} holds no complete codes", cure, (OSError, ValueError)):
         return json.loads((Path(folder) / "about.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no complete codes ({error}): make them with python data.py "
-                         f"extract") from None
 
 
 def read_codes(folder):
-    """What extract_codes left: codes uint16 (M, K, N), memory-mapped, labels int64 (M,), about (a dict)."""
+    """What extract_codes left: codes uint16 (M, K, N), memory-mapped, labels int64 (M,), -1 where the picture
+    could not be read and the codes mean nothing, and about (a dict)."""
     about, folder = read_about(folder), Path(folder)
-    try:
+    with explained(f"{folder}: the codes cannot be read", "extract them again", (OSError, ValueError)):
         return np.load(folder / "codes.npy", mmap_mode="r"), np.load(folder / "labels.npy"), about
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: the codes cannot be read ({error}): extract them again") from None
 
 
 def read_captions(folder):
     """The captions of the pictures whose codes are in `folder`: a list of M lists of strings."""
-    try:
+    cure = "extract them from captioned pictures, with data.py extract --cond text"
+    with explained(f"{folder} has codes without captions", cure, (OSError, ValueError)):
         return json.loads((Path(folder) / "captions.json").read_text())
-    except (OSError, ValueError):
-        raise InputError(f"{folder} has codes without captions: extract them from captioned pictures, with "
-                         "data.py extract --captions") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -760,7 +768,8 @@ def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
     scale = max(1, min(scale, 512 // H))
     rows = math.ceil(M / columns)
     font = ImageFont.load_default(size=max(12, min(22, H * scale // 5)))
-    lines = max(1, H * scale // (font.size + 6))                 # so many fit beside a row of pictures
+    # So many lines of a name fit beside a row of pictures.
+    lines = max(1, H * scale // (font.size + 6))
     wrap = textwrap.TextWrapper(24, max_lines=lines, placeholder=ELLIPSIS).wrap
     row_names = [wrap(name) or [""] for name in row_names]
     margin = max((int(font.getlength(line)) + 16 for name in row_names for line in name), default=0)
@@ -790,32 +799,42 @@ def fitted(text, font, width):
 def check_codes(folder, vq, vq_hash, device, path, count=8):
     """Are these codes right? Draws a few source pictures above what their codes decode to, a PNG at `path`,
     and prints how the codebook is used. A wrong tokenizer, mixed-up rows or a shifted crop show at once."""
-    codes, labels, about = read_codes(folder)
+    codes, labels, about = read_codes(folder)                    # (M, K, N), (M,)
+    M, K, N = codes.shape
+    data, V = load_data(**about["data"]), vq.config.codebook_size
+    if (data.size / vq.config.downsample) ** 2 != N or codes.max() >= V:
+        raise InputError(f"{folder} holds {N} tokens of each crop of {data.size} pixels, up to number "
+                         f"{codes.max()}. This tokenizer has {V:,} entries and makes one token of every "
+                         f"{vq.config.downsample} pixels: pass the one they were made with")
     if about["vq_hash"] != vq_hash:
-        print(f"warning: {folder} was made with another tokenizer than this one", file=sys.stderr)
-    data = load_data(**about["data"])
+        # Not an error: the grid fits, and how badly the codes of another tokenizer decode is worth seeing.
+        warning(f"{folder} was made with another tokenizer than this one")
     if code_key(about["vq_hash"], data) != about["key"]:
-        print(f"warning: the pictures of {about['data']['name']} have changed since the extraction",
-              file=sys.stderr)
-    counts = np.zeros(vq.config.codebook_size, np.int64)
-    for i in range(0, len(codes), 10_000):
-        counts += np.bincount(codes[i:i + 10_000].ravel(), minlength=len(counts))[:len(counts)]
+        warning(f"the pictures of {about['data']['name']} have changed since the extraction")
+    good = np.flatnonzero(labels >= 0)
+    # In blocks: ImageNet's codes need not fit in memory.
+    blocks = np.array_split(good, math.ceil(len(good) / 10_000))
+    counts = sum(np.bincount(codes[block].ravel(), minlength=V) for block in blocks)
     usage, perplexity = codebook_statistics(torch.from_numpy(counts))
-    print(f"{len(codes):,} pictures x {codes.shape[1]} crops x {codes.shape[2]} tokens, "
-          f"{len(about['class_names'])} classes, {len(about['skipped'])} pictures skipped")
-    print(f"{usage:.1%} of {len(counts):,} codebook entries used; entropy {math.log2(perplexity):.2f} of at "
-          f"most {math.log2(len(counts)):.2f} bits per token")
-    rows = np.array(spread(np.flatnonzero(labels >= 0).tolist(), count))
-    crops = np.arange(len(rows)) % codes.shape[1]                # another crop of every picture shown
+    print(f"{M:,} pictures x {K} crops x {N} tokens, {len(about['class_names'])} classes, "
+          f"{len(about['skipped'])} pictures skipped")
+    print(f"{usage:.1%} of {V:,} codebook entries used; entropy {math.log2(perplexity):.2f} of at most "
+          f"{math.log2(V):.2f} bits per token")
+    rows = np.array(spread(good.tolist(), count))
+    # Another crop of every picture shown: a crop that was cut elsewhere would show as a shift.
+    crops = np.arange(len(rows)) % K
     images, _ = next(iter(data.take([rows.tolist()])))
-    images = images[torch.arange(len(rows)), torch.from_numpy(crops)].permute(0, 2, 3, 1).numpy()
+    images = images[np.arange(len(rows)), crops]                 # (count, 3, H, W)
     tokens = torch.from_numpy(codes[rows, crops].astype(np.int64)).to(device)
-    decoded = to_pictures(vq, tokens).cpu().numpy()
-    mse = np.square(images.astype(float) - decoded).mean(axis=(1, 2, 3))
-    psnr = 10 * np.log10(255 ** 2 / mse.clip(1e-4))
-    print(f"PSNR of the {len(rows)} pictures drawn: {psnr.mean():.2f} dB")
-    image_grid(np.concatenate([images, decoded]), len(rows), ("source", "decoded")).save(path)
+    decoded = to_pictures(vq, tokens).cpu()                      # (count, H, W, 3)
+    psnr = peak_signal_to_noise(images, decoded.permute(0, 3, 1, 2)).mean()
+    print(f"PSNR of the {len(rows)} pictures drawn: {psnr:.2f} dB")
+    both = torch.cat([images.permute(0, 2, 3, 1), decoded]).numpy()
+    image_grid(both, len(rows), ("source", "decoded")).save(path)
 
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
 
 def get_args(argv=None):
     parser = flag_parser(__file__, __doc__)
@@ -827,7 +846,7 @@ def get_args(argv=None):
     extract.add_argument("--data-dir", help="where to look for the data set's files first")
     extract.add_argument("--out", required=True, help="folder of the codes; train/ and test/ are made in it")
     extract.add_argument("--cond", default="class", choices=("class", "text"),
-                         help="what comes with a picture: its class or a caption")
+                         help="what comes with a picture: its class or a caption (of shapes: scenes too)")
     extract.add_argument("--splits", nargs="+", default=["train", "test"], choices=["train", "test"],
                          help="which parts of the data set")
     extract.add_argument("--image-size", type=counting, default=32, help="side of a crop in pixels")
@@ -847,7 +866,7 @@ def get_args(argv=None):
     check.add_argument("--out", default="out/check.png", help="the PNG")
     for command in (extract, check):
         command.add_argument("--vq", default="out/vq.pt", help="the tokenizer")
-        command.add_argument("--device", help="cuda, mps or cpu; the best one present if left out")
+        command.add_argument("--device", help=DEVICE_HELP)
     return parser.parse_args(argv)
 
 
@@ -857,8 +876,7 @@ def main(args):
         images, items = draw_shapes("train", 0, 40)
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(images, columns=8).save(path)
-        print(f"shapes   {images.shape} {images.dtype}; 40 of {SHAPES_COUNT['train']:,} training pictures "
-              f"-> {path}")
+        print(f"shapes   {images.shape} {images.dtype}; 40 of {SHAPES_COUNT['train']:,} for train -> {path}")
         for item in items[:4]:
             print(f"         {item['caption']}")
         return
@@ -873,9 +891,8 @@ def main(args):
         check_codes(args.codes, vq, vq_hash, device, args.out)
         print(f"wrote {args.out}")
         return
-    if args.image_size % vq.config.downsample:
-        raise InputError(f"--image-size {args.image_size} is not a multiple of {vq.config.downsample}, the "
-                         f"pixels that {args.vq} makes one token of")
+    # At once, not after a million files were found.
+    check_tokenizer(vq, args.image_size, args.vq)
     for split in args.splits:
         data = load_data(args.data, split, args.image_size, args.limit, args.data_dir, ranges=args.ten_crop,
                          captioned=args.cond == "text")

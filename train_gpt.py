@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from data import (batch_indices, code_key, extract_codes, image_grid, load_data, read_about, read_captions,
-                  read_codes, spread, to_device)
+from data import (batch_indices, check_tokenizer, code_key, extract_codes, image_grid, load_data, read_about,
+                  read_captions, read_codes, spread, to_device)
 from model import GPT, GPT_SIZES, GPTConfig, load_gpt
 from runs import (InputError, Progress, add_training_flags, counting, fill_weights, finite, flag_parser,
                   learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
@@ -50,10 +50,7 @@ def prepare_codes(args, vq, vq_hash, device):
                              f"another tokenizer")
         return folders
     size = args.image_size or read_checkpoint(args.vq, mmap=True).get("image_size", 256)    # 256: released
-    if size % vq.config.downsample:
-        raise InputError(f"--image-size {size}: {args.vq} makes one token of {vq.config.downsample} x "
-                         f"{vq.config.downsample} pixels, so the size has to be a multiple of "
-                         f"{vq.config.downsample}")
+    check_tokenizer(vq, size, args.vq)
     folders = []
     for split in splits:
         data = load_data(args.data, split, size, args.limit, args.data_dir, ranges=args.ten_crop,

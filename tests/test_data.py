@@ -18,12 +18,15 @@ import torch
 from PIL import Image
 
 import data
+import shapes
+import tokenizer
 from conftest import ROOT
 from data import (KINDS, ArrayData, FolderData, batch_indices, center_crop, draw_shapes, extract_codes,
-                  fixed_crops, load_array, load_data, random_crop, read_codes, read_idx, read_image,
-                  shape_attributes)
+                  fixed_crops, load_array, load_data, random_crop, read_codes, read_idx, read_image)
 from model import GPT, GPT_SIZES, GPTConfig
-from tokenizer import VQ_SIZES, InputError, VQConfig, VQModel
+from runs import InputError, weights_hash
+from shapes import in_reading_order, parse_caption, shape_attributes
+from tokenizer import VQ_SIZES, VQConfig, VQModel
 
 
 # shapes
@@ -36,7 +39,7 @@ def test_shapes_are_the_same_for_the_same_seed_and_index_however_they_are_asked_
 
 
 def test_train_and_test_shapes_never_overlap_and_no_two_are_equal():
-    pictures = [hashlib.sha256(image.tobytes()).digest() for split, count in data.SHAPES_COUNT.items()
+    pictures = [hashlib.sha256(image.tobytes()).digest() for split, count in shapes.SHAPES_COUNT.items()
                 for image in draw_shapes(split, 0, count)[0]]
     assert len(set(pictures)) == len(pictures) == 30_000
 
@@ -45,11 +48,49 @@ def test_load_array_gives_what_the_contract_says():
     images, labels, captions = load_array("shapes", "test", n=50)
     assert images.shape == (50, 32, 32, 3) and images.dtype == np.uint8
     assert labels.shape == (50,) and labels.dtype == np.int64
-    for i in range(50):
+    for i, caption in enumerate(captions):
         item = shape_attributes("test", i)
-        assert captions[i] == (f"a {item['size']} {item['colour']} {item['kind']} "
-                               f"on a {item['background']} background")
-        assert list(KINDS)[labels[i]] == item["kind"]
+        assert list(KINDS)[labels[i]] == item["kind"] == caption.split()[3]
+
+
+# A picture told by hand: what it must look like and be called does not come from the code that draws it.
+STAR = dict(kind="star", colour="red", background="navy", size="large", radius=0.37, x=0.5, y=0.5,
+            light_angle=0.0, light_strength=0.1)
+RING = dict(kind="ring", colour="orange", radius=0.2, x=0.27, y=0.5)
+SQUARE = dict(kind="square", colour="blue", radius=0.2, x=0.73, y=0.5)
+SCENE = dict(shapes=[RING, SQUARE], relation="left of", background="white", light_angle=0.0,
+             light_strength=0.0)
+
+
+def test_pixels_have_the_colours_that_the_words_say():
+    star, scene = shapes.render([STAR | {"light_strength": 0.0}, SCENE], 64)       # both kinds in one call
+    assert star[32, 32].tolist() == [222, 40, 44] and star[2, 2].tolist() == [20, 28, 84]
+    assert scene[32, 47].tolist() == [56, 100, 236]                                # the middle of the square
+    assert scene[32, 17].tolist() == scene[2, 2].tolist() == [240, 240, 238]       # the hole of the ring
+    assert scene[32, 8].tolist() == [247, 140, 22]                                 # left of the hole
+
+
+def test_captions_are_these_sentences_and_are_read_back():
+    assert shapes.describe(STAR) == "a large red star on a navy background"
+    assert shapes.describe(SCENE) == "an orange ring left of a blue square on a white background"
+    assert parse_caption("a large red star on a navy background") == {
+        "kind": "star", "colour": "red", "background": "navy", "size": "large"}
+    scene = parse_caption("an orange ring right of a blue square on a white background")
+    assert scene == {"background": "white", "relation": "right of",
+                     "shapes": [{"kind": "ring", "colour": "orange"}, {"kind": "square", "colour": "blue"}]}
+    assert [shape["kind"] for shape in in_reading_order(scene)] == ["square", "ring"]
+    for wrong in ("a large red star", "a large mauve star on a navy background", ""):
+        with pytest.raises(InputError, match="not a caption of shapes"):
+            parse_caption(wrong)
+
+
+def test_a_caption_names_what_its_picture_shows():
+    for item in [*(shape_attributes("train", i) for i in range(300)),
+                 *(shapes.scene_attributes("train", i) for i in range(300))]:
+        words = parse_caption(item["caption"])
+        assert words["background"] == item["background"] and words.get("size") == item.get("size")
+        for said, shown in zip(words.get("shapes", [words]), item.get("shapes", [item]), strict=True):
+            assert (said["kind"], said["colour"]) == (shown["kind"], shown["colour"])
 
 
 def test_all_words_occur_and_shapes_stay_inside_at_any_size():
@@ -59,13 +100,28 @@ def test_all_words_occur_and_shapes_stay_inside_at_any_size():
         assert len({item[key] for item in items}) == count
     for image, item in zip(images, items):
         rim = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]).astype(float)
-        ratio = rim / np.maximum(data.BACKGROUNDS[item["background"]], 1)
+        ratio = rim / np.maximum(shapes.BACKGROUNDS[item["background"]], 1)
         assert ratio.max() < 1.6, item               # background times light: nothing of the shape is cut off
 
 
-def test_edges_are_antialiased_and_the_light_comes_from_one_side():
-    mask = data.shape_mask(shape_attributes("train", 3), 32)
+def test_edges_are_antialiased():
+    mask = shapes.shape_mask(shape_attributes("train", 3), 32)
     assert ((mask > 0) & (mask < 255)).any() and (mask == 255).any()
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.5, 2.0, 4.4])
+def test_the_light_comes_from_one_side(angle):
+    picture, = shapes.render([STAR | {"background": "white", "light_angle": angle}], 65)
+    x, y = np.meshgrid(np.linspace(-1, 1, 65), np.linspace(-1, 1, 65))
+    flat = shapes.render([STAR | {"background": "white", "light_strength": 0.0}], 65)[0].astype(float)
+    light = 1 + 0.1 * (x * np.cos(angle) + y * np.sin(angle))
+    dark = flat * light[..., None] < 254                         # brighter pixels are clipped
+    assert abs(picture - flat * light[..., None])[dark].max() <= 1.1
+    # measured: the slope of the brightness of the white around the star, per unit of x and of y
+    ground = (flat == (240, 240, 238)).all(-1) & (picture.max(-1) < 255)
+    slope = np.linalg.lstsq(np.stack([x[ground], y[ground], np.ones(ground.sum())], 1),
+                            picture[ground][:, 0] / 240, rcond=None)[0]
+    assert slope == pytest.approx([0.1 * np.cos(angle), 0.1 * np.sin(angle), 1], abs=0.003)
 
 
 # files
@@ -82,10 +138,10 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "DEBIAN", tmp_path / "debian")
     calls = []
 
-    def no_network(url, timeout):
-        calls.append(url)
+    def no_network(request):
+        calls.append(request.full_url)
         raise urllib.error.URLError("no network")
-    monkeypatch.setattr(data.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
     return calls
 
 
@@ -113,20 +169,18 @@ def test_without_network_one_line_says_which_file_to_put_where(tmp_path, offline
     assert len(offline) == 1 and not list((tmp_path / "cache" / "mnist").iterdir())
 
 
-class Download(io.BytesIO):
-    headers = {}
-
-
-def test_a_download_is_checked_and_only_then_kept(tmp_path, offline, monkeypatch):
-    content = b"some bytes"
-    monkeypatch.setitem(data.PUBLIC_FILES, ("mnist", "x.gz"),
-                        ("http://host/", hashlib.md5(content).hexdigest()))
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Download(content))
-    assert data.find_file("mnist", "x.gz").read_bytes() == content
-    (tmp_path / "cache" / "mnist" / "x.gz").unlink()
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Download(b"damaged"))
+@pytest.mark.parametrize("kind", ["md5", "sha256"])
+def test_a_download_is_checked_and_only_then_kept(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    digest = hashlib.new(kind, b"some bytes").hexdigest()
+    checksum, name = (digest, "x.gz") if kind == "md5" else (digest[:8], f"x-{digest[:8]}.pth")
+    (tmp_path / name).write_bytes(b"some bytes")
+    monkeypatch.setitem(data.PUBLIC_FILES, ("mnist", name), (tmp_path.as_uri() + "/", checksum))
+    assert data.find_file("mnist", name).read_bytes() == b"some bytes"
+    (tmp_path / "cache" / "mnist" / name).unlink()
+    (tmp_path / name).write_bytes(b"damaged")
     with pytest.raises(InputError, match="checksum"):
-        data.find_file("mnist", "x.gz")
+        data.find_file("mnist", name)
     assert not list((tmp_path / "cache" / "mnist").iterdir())
 
 
@@ -191,8 +245,8 @@ def test_every_mode_becomes_rgb_the_right_way_up(tmp_path):
     for name in ("grey.png", "grey16.png", "palette.gif"):
         assert read(name).shape == (16, 8, 3) and np.array_equal(read(name)[..., 0], grey), name
     assert abs(read("cmyk.jpg")[4, 4].astype(int) - (255, 0, 0)).max() < 12
-    assert read("rgba.png")[0, 0].tolist() == [255, 0, 0] and read("rgba.png")[5, 5].tolist() == [255, 255,
-                                                                                                  255]
+    assert read("rgba.png")[0, 0].tolist() == [255, 0, 0]
+    assert read("rgba.png")[5, 5].tolist() == [255, 255, 255]
     assert np.array_equal(read("turned.png")[..., 0], np.rot90(grey, -1))
 
 
@@ -249,6 +303,49 @@ def test_broken_files_are_skipped_counted_and_named_in_one_warning(tmp_path, cap
     assert all(next(batches).shape == (8, 3, 32, 32) for _ in range(6))
 
 
+def test_a_training_run_tells_once_what_it_could_not_read(tmp_path, capsys):
+    make_folder(tmp_path)
+    (tmp_path / "cat" / "05.png").write_bytes(b"no picture")
+    batches = FolderData(tmp_path, "train").batches(22, seed=0)  # one batch is one epoch
+    for _ in range(3):
+        next(batches)
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1 and "1 of 22" in error and "05.png" in error
+
+
+def test_a_worker_hands_over_one_tensor_for_all_pictures_of_a_batch(tmp_path):
+    """Each tensor from a worker needs a file descriptor: 2,048 of them, one per picture, are too many."""
+    make_folder(tmp_path)
+    (tmp_path / "cat" / "05.png").write_bytes(b"no picture")
+    folder = FolderData(tmp_path, "train", 32)
+    for keys, shape in (([4, 0, 12], (3, 2, 3, 32, 32)), ([(4, 0), (0, 0), (12, 0)], (3, 3, 32, 32))):
+        images, labels = next(iter(folder.loader([keys])))
+        assert images.shape == shape and labels.tolist() == [-1, 0, 1] and not images[0].any()
+
+
+def test_pictures_that_belong_to_no_class_are_counted_in_one_warning(tmp_path, capsys):
+    make_folder(tmp_path / "train", 3)
+    make_folder(tmp_path / "val", 2, ("dog", "wolf"))
+    Image.new("RGB", (40, 50)).save(tmp_path / "train" / "beside.png")
+    assert len(FolderData(tmp_path, "train")) == 6
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1 and "left out 1 pictures" in error and "sub-folder" in error
+    assert [label for _, label in FolderData(tmp_path, "test").files] == [1, 1]
+    assert "left out 2 pictures" in capsys.readouterr().err
+
+
+def test_pictures_beside_archives_and_a_jsonl_beside_pictures_are_told(tmp_path, capsys):
+    make_pictures(tmp_path, ["a.png", "b.png"])
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    (tmp_path / "a.jsonl").write_text('{"image": "a.png", "text": "one"}')
+    assert len(load_data(tmp_path, "train", 16, captioned=True)) == 1
+    assert ".jsonl in" in capsys.readouterr().err
+    make_tar(tmp_path / "a.tar", [("1.png", png(1)), ("1.txt", b"one")])
+    assert len(load_data(tmp_path, "train", 16, captioned=True)) == 1
+    assert "left out 2 pictures beside the .tar" in capsys.readouterr().err
+
+
 def test_empty_and_wholly_broken_folders_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no pictures"):
@@ -284,18 +381,19 @@ def vq():
 def test_codes_are_the_tokens_and_are_computed_only_once(tmp_path, monkeypatch, vq):
     calls, tokenize = [], vq.tokenize
     monkeypatch.setattr(vq, "tokenize", lambda x: calls.append(1) or tokenize(x))
-    shapes = ArrayData("shapes", "test", 32, 40)
-    extract_codes(vq, "a", shapes, tmp_path / "a", "cpu")
+    pictures = ArrayData("shapes", "test", 32, 40)
+    extract_codes(vq, "a", pictures, tmp_path / "a", "cpu")
     codes, labels, about = read_codes(tmp_path / "a")
-    assert codes.dtype == np.uint16 and codes.shape == (40, 1, 256) and np.array_equal(labels, shapes.labels)
+    assert codes.dtype == np.uint16 and codes.shape == (40, 1, 256)
+    assert np.array_equal(labels, pictures.labels)
     assert about["class_names"] == list(KINDS) and about["skipped"] == []
-    assert np.array_equal(codes[:32, 0], tokenize(data.to_float(shapes.images[:32])).numpy())
+    assert np.array_equal(codes[:32, 0], tokenize(tokenizer.to_float(pictures.images[:32])).numpy())
     assert len(calls) == 2
-    extract_codes(vq, "a", shapes, tmp_path / "a", "cpu")
+    extract_codes(vq, "a", pictures, tmp_path / "a", "cpu")
     assert len(calls) == 2                                       # reused
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"about.json", "codes.npy", "labels.npy"}
     with pytest.raises(InputError, match="other pictures or of another tokenizer"):
-        extract_codes(vq, "b", shapes, tmp_path / "a", "cpu")
+        extract_codes(vq, "b", pictures, tmp_path / "a", "cpu")
     with pytest.raises(InputError, match="other pictures or of another tokenizer"):
         extract_codes(vq, "a", ArrayData("shapes", "test", 32, 39), tmp_path / "a", "cpu")
 
@@ -306,10 +404,10 @@ def test_codes_of_a_folder_skip_broken_files_and_keep_the_labels_in_step(tmp_pat
     folder = FolderData(tmp_path / "set", "train", 16)
     extract_codes(vq, "a", folder, tmp_path / "a", "cpu", batch_size=2)
     codes, labels, about = read_codes(tmp_path / "a")
-    assert codes.shape == (4, 2, 64) and labels.tolist() == [0, 1, 1, 1] and about["skipped"] == [0]
+    assert codes.shape == (5, 2, 64) and labels.tolist() == [-1, 0, 1, 1, 1] and about["skipped"] == [0]
     assert "skipped 1 of 5" in capsys.readouterr().err
     images, _ = next(folder.passes(5))
-    assert np.array_equal(codes, data.tokenize_in_passes(vq, images.flatten(0, 1), "cpu").view(4, 2, 64))
+    assert np.array_equal(codes[1:], data.tokenize_in_passes(vq, images.flatten(0, 1), "cpu").view(4, 2, 64))
     with pytest.raises(InputError, match="65,536"):
         vq.config.codebook_size = 65537
         extract_codes(vq, "a", folder, tmp_path / "b", "cpu")
@@ -338,7 +436,55 @@ def test_killed_extraction_goes_on_and_batches_of_any_size_give_the_same_bytes(t
     assert done.count(2) == -(-(57 - 4 * 7) // 7)                # the four whole batches were not done again
     for name in ("codes.npy", "labels.npy"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
-    assert read_codes(tmp_path / "parts")[0].shape == (56, 10, 64)
+    codes, labels, _ = read_codes(tmp_path / "parts")
+    assert codes.shape == (57, 10, 64) and (labels < 0).sum() == 1
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+@pytest.mark.parametrize("last", ["labels.npy", "about.json", "codes.npy"])
+def test_killed_while_files_get_their_names_the_same_call_just_finishes(tmp_path, monkeypatch, vq, last):
+    pictures = ArrayData("shapes", "test", 32, 40)
+    extract_codes(vq, "a", pictures, tmp_path / "whole", "cpu")
+    replace, save = Path.replace, np.save
+
+    def die_after_naming(self, target):
+        named = replace(self, target)
+        if Path(target).name == last:
+            raise Killed
+        return named
+
+    def die_after_saving(file, array):
+        save(file, array)
+        if getattr(file, "name", None) == last:
+            raise Killed
+    calls, tokenize = [], data.tokenize_in_passes
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die_after_naming)
+        patch.setattr(np, "save", die_after_saving)
+        with pytest.raises(Killed):
+            extract_codes(vq, "a", pictures, tmp_path / "parts", "cpu")
+    monkeypatch.setattr(data, "tokenize_in_passes", lambda *args: calls.append(1) or tokenize(*args))
+    extract_codes(vq, "a", pictures, tmp_path / "parts", "cpu")
+    assert not calls                                             # nothing was tokenized again
+    for name in ("codes.npy", "labels.npy", "about.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_codes_that_nothing_tells_about_are_never_taken_for_those_of_this_call(tmp_path, monkeypatch, vq):
+    pictures = ArrayData("shapes", "test", 32, 4)
+    (tmp_path / "codes").mkdir()
+    np.save(tmp_path / "codes" / "codes.npy", np.zeros((4, 1, 256), np.uint16))
+    with monkeypatch.context() as patch:
+        patch.setattr(data.SharedArray, "finish", lambda self: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            extract_codes(vq, "a", pictures, tmp_path / "codes", "cpu")
+    with pytest.raises(InputError, match="extract them again"):
+        read_codes(tmp_path / "codes")
+    extract_codes(vq, "a", pictures, tmp_path / "codes", "cpu")
+    assert read_codes(tmp_path / "codes")[0].any()
 
 
 def test_ten_crops_are_the_corners_and_the_middle_of_the_larger_centre_crop_and_their_mirror_images():
@@ -380,32 +526,49 @@ def test_two_processes_extract_and_sample_what_one_does(tmp_path, vq):
 
 def test_check_measures_the_codes_draws_them_and_notices_another_tokenizer(tmp_path, capsys):
     vq = VQModel(VQConfig(**VQ_SIZES["VQ-tiny"])).eval()
-    shapes = ArrayData("shapes", "test", 32, 40)
-    extract_codes(vq, data.weights_hash(vq), shapes, tmp_path / "codes", "cpu")
-    counts = torch.bincount(vq.tokenize(data.to_float(shapes.images)).flatten(), minlength=512)
+    pictures = ArrayData("shapes", "test", 32, 40)
+    extract_codes(vq, weights_hash(vq), pictures, tmp_path / "codes", "cpu")
+    counts = torch.bincount(vq.tokenize(tokenizer.to_float(pictures.images)).flatten(), minlength=512)
     used, p = (counts > 0).float().mean(), counts[counts > 0] / counts.sum()
-    data.check_codes(tmp_path / "codes", vq, data.weights_hash(vq), "cpu", tmp_path / "a.png")
+    data.check_codes(tmp_path / "codes", vq, weights_hash(vq), "cpu", tmp_path / "a.png")
     first = capsys.readouterr()
     assert f"{used:.1%} of 512" in first.out
     assert f"entropy {-(p * p.log2()).sum():.2f} of at most 9.00" in first.out
     assert "warning" not in first.err and Image.open(tmp_path / "a.png").width > 500
     psnr = lambda text: float(re.search(r"drawn: ([\d.]+) dB", text)[1])
     # the right pictures, decoded: what the tokenizer makes of exactly these
-    rows = np.linspace(0, 39, 8).astype(int)
-    images = shapes.images[rows]
-    decoded = data.to_uint8(vq.detokenize(vq.tokenize(data.to_float(images)))).permute(0, 3, 1, 2)
+    rows = np.arange(0, 40, 5)
+    images = pictures.images[rows]
+    decoded = tokenizer.to_uint8(vq.detokenize(vq.tokenize(tokenizer.to_float(images)))).permute(0, 3, 1, 2)
     mse = (images.double() - decoded).square().mean(dim=(1, 2, 3))
     assert psnr(first.out) == pytest.approx((10 * (255 ** 2 / mse).log10()).mean().item(), abs=0.02)
     other = VQModel(VQConfig(**VQ_SIZES["VQ-tiny"])).eval()
-    data.check_codes(tmp_path / "codes", other, data.weights_hash(other), "cpu", tmp_path / "b.png")
+    data.check_codes(tmp_path / "codes", other, weights_hash(other), "cpu", tmp_path / "b.png")
     assert "another tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [dict(codebook_size=64), dict(ch_mult=(1, 1, 2)), dict(ch_mult=(1,))])
+def test_check_refuses_a_tokenizer_whose_codebook_or_grid_does_not_fit_in_one_line(tmp_path, change):
+    vq = VQModel(VQConfig(codebook_size=512, ch=32, ch_mult=(1, 2), z_channels=32)).eval()
+    extract_codes(vq, "a", ArrayData("shapes", "test", 32, 40), tmp_path / "codes", "cpu")
+    other = VQModel(VQConfig(**{**asdict(vq.config), **change})).eval()
+    with pytest.raises(InputError, match="pass the one they were made with") as error:
+        data.check_codes(tmp_path / "codes", other, "b", "cpu", tmp_path / "a.png")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size, entries, message", [(30, 64, "multiple of 4"), (32, 65_537, "65,536")])
+def test_a_tokenizer_that_cannot_make_codes_is_refused(vq, size, entries, message):
+    vq.config.codebook_size, vq.config.ch_mult = entries, (1, 1, 2)
+    with pytest.raises(InputError, match=message):
+        data.check_tokenizer(vq, size, "vq.pt")
 
 
 # captions
 
 def test_scenes_show_two_shapes_where_their_captions_say():
     for i in range(200):
-        item = data.scene_attributes("train", i)
+        item = shapes.scene_attributes("train", i)
         first, second = item["shapes"]
         assert (first["kind"], first["colour"]) != (second["kind"], second["colour"])
         dx, dy = first["x"] - second["x"], first["y"] - second["y"]
@@ -414,24 +577,27 @@ def test_scenes_show_two_shapes_where_their_captions_say():
 
 
 def test_held_out_pairs_are_a_tenth_and_never_in_the_pictures_to_train_on():
-    pairs = [dict(kind=kind, colour=colour) for kind in KINDS for colour in data.COLOURS]
-    out = [pair for pair in pairs if data.held_out(pair)]
+    pairs = [dict(kind=kind, colour=colour) for kind in KINDS for colour in shapes.COLOURS]
+    out = [pair for pair in pairs if shapes.held_out(pair)]
     assert len(out) == 8 and len({pair["colour"] for pair in out}) == 8
-    shapes = lambda items: [shape for item in items for shape in item.get("shapes", [item])]
-    images, seen = data.captioned_shapes("train", 2000)
+    shown = lambda items: [shape for item in items for shape in item.get("shapes", [item])]
+    images, seen = shapes.captioned_shapes("train", 2000)
     assert len(images) == len(seen) == 2000 and 400 < sum("shapes" in item for item in seen) < 900
-    assert not any(data.held_out(shape) for shape in shapes(seen))
-    _, unseen = data.captioned_shapes("test", 300, seen=False)
-    assert all(any(data.held_out(shape) for shape in item.get("shapes", [item])) for item in unseen)
+    assert not any(shapes.held_out(shape) for shape in shown(seen))
+    _, unseen = shapes.captioned_shapes("test", 300, seen=False)
+    assert all(any(shapes.held_out(shape) for shape in item.get("shapes", [item])) for item in unseen)
 
 
-def test_captioned_pictures_of_one_shape_are_those_of_draw_shapes():
-    images, items = data.captioned_shapes("test", 50)
+def test_captioned_pictures_are_in_step_with_their_captions():
+    images, items = shapes.captioned_shapes("test", 40, 64)
     for image, item in zip(images, items):
-        i = next(i for i in range(data.SHAPES_COUNT["test"]) if shape_attributes("test", i) == item)
-        assert np.array_equal(image, draw_shapes("test", i, 1)[0][0])
-        if i > 300:                                              # a few are enough
-            break
+        for shape in item.get("shapes", [item]):
+            # the ring and the crescent are open in their middles: look at a place 0.75 radii to the left
+            x, y = (int(64 * place) for place in (shape["x"] - 0.75 * shape["radius"], shape["y"]))
+            if shape["kind"] in ("circle", "ring", "crescent"):
+                colour = parse_caption(item["caption"]).get("colour", shape["colour"])
+                assert abs(image[y, x] / np.array(shapes.COLOURS[colour]) - 1).max() < 0.25
+    assert len(images) == len(items) == 40
 
 
 def make_pictures(folder, names):
@@ -569,8 +735,9 @@ def test_captions_stay_in_step_with_the_codes_when_pictures_are_broken(tmp_path,
     (tmp_path / "set" / "3.png").write_bytes(b"broken")
     pictures = load_data(tmp_path / "set", "train", 16, captioned=True)
     extract_codes(vq, "a", pictures, tmp_path / "a", "cpu")
-    assert data.read_captions(tmp_path / "a") == [["picture 1"], ["picture 2"], ["picture 4"], ["picture 5"]]
-    assert len(read_codes(tmp_path / "a")[0]) == 4
+    assert data.read_captions(tmp_path / "a") == [[f"picture {i}"] for i in range(1, 6)]
+    codes, labels, _ = read_codes(tmp_path / "a")
+    assert len(codes) == 5 and labels.tolist() == [0, 0, -1, 0, 0]
     extract_codes(vq, "a", ArrayData("shapes", "test", 32, 4), tmp_path / "b", "cpu")
     with pytest.raises(InputError, match="without captions"):
         data.read_captions(tmp_path / "b")
