@@ -3,18 +3,18 @@
     python fid.py REF SAMPLES              each a folder, an .npz with arr_0, or an .npz with mu and sigma
     python fid.py shapes out/samples.npz   without Inception weights: a small CNN trained on the real pictures
     python fid.py --recon out/vq.pt --data shapes
+    python fid.py --sweep 1 1.5 2 3 5      draw and measure at several guidance scales
+    python fid.py --alignment 500          draw captions of shapes and read the pictures back
 
-Shapes: B images, H x W pixels, M samples of a set, D features, K classes.
+Shapes: B images, H x W pixels, M samples of a set, L real pictures, D features, K classes.
 Paper:  FID (Heusel 2017); sFID (Nash 2021); Inception Score (Salimans 2016); precision and recall
         (Kynkaanniemi 2019); SSIM (Wang 2004). All with the definitions of ADM's evaluator (Dhariwal 2021),
         which the LlamaGen paper used.
 """
-import functools
-import hashlib
+import csv
 import json
 import math
 import os
-import re
 import sys
 import zipfile
 from pathlib import Path
@@ -27,12 +27,15 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data as data_module
-from data import (ARRAY_NAMES, BACKGROUNDS, COLOURS, KINDS, RELATIONS, SIZES, ArrayData, batch_indices,
-                  captioned_shapes, find_file, flag_parser, image_files, in_order, load_data, pick_device,
-                  positive, read_image, run, to_float)
-from tokenizer import (InputError, codebook_statistics, fill_weights, load_tokenizer, read_checkpoint,
-                       weights_hash)
-from train_vq import learning_rate, peak_signal_to_noise, reconstructions, save_checkpoint
+import sample
+from data import (ARRAY_NAMES, ArrayData, batch_indices, find_file, image_files, in_order, load_data,
+                  read_image)
+from runs import (DEVICE_HELP, InputError, counting, explained, fill_weights, finite, flag_parser,
+                  learning_rate, not_negative, pick_device, rank_and_world, read_checkpoint, run, short_hash,
+                  wait_for_all, weights_hash, whole_file)
+from shapes import (BACKGROUNDS, COLOURS, KINDS, SIZES, captioned_items, captioned_shapes, in_reading_order,
+                    parse_caption)
+from tokenizer import evaluate, load_tokenizer, pass_size, to_float, to_pictures, tokenize_in_passes
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -54,102 +57,94 @@ class ConvBN(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-def average_pool(x):
+def average(x):
+    """Mean over 3 x 3 pixels, at the border over those that exist: zeros of the padding do not count."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class InceptionA(nn.Module):
+def maximum(x):
+    return F.max_pool2d(x, 3, stride=1, padding=1)
 
-    def __init__(self, c_in, c_pool):
+
+def halve(x):
+    return F.max_pool2d(x, 3, stride=2)
+
+
+# A block is a list of branches. A branch is a list of steps: a pool, a row (name, c_out, kernel, stride,
+# padding) for a ConvBN, or a list of rows that all read the same input. The ends of all branches are stacked.
+
+def block_a(c_pool):
+    return [[("branch1x1", 64, 1)],
+            [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
+            [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
+            [average, ("branch_pool", c_pool, 1)]]
+
+
+def block_c(c):
+    """7 x 7 kernels as a row and a column each: 14 weights instead of 49."""
+    return [[("branch1x1", 192, 1)],
+            [("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))],
+            [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)), ("branch7x7dbl_3", c, (1, 7)),
+             ("branch7x7dbl_4", c, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))],
+            [average, ("branch_pool", 192, 1)]]
+
+
+def block_e(pool):
+    return [[("branch1x1", 320, 1)],
+            [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]],
+            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
+             [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]],
+            [pool, ("branch_pool", 192, 1)]]
+
+
+BLOCKS = {                                                       # name: channels that come in, branches
+    "Mixed_5b": (192, block_a(32)),                              # 35 x 35
+    "Mixed_5c": (256, block_a(64)),
+    "Mixed_5d": (288, block_a(64)),
+    "Mixed_6a": (288, [[("branch3x3", 384, 3, 2, 0)],            # from 35 x 35 to 17 x 17
+                       [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3),
+                        ("branch3x3dbl_3", 96, 3, 2, 0)],
+                       [halve]]),
+    "Mixed_6b": (768, block_c(128)),
+    "Mixed_6c": (768, block_c(160)),
+    "Mixed_6d": (768, block_c(160)),
+    "Mixed_6e": (768, block_c(192)),
+    "Mixed_7a": (768, [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2, 0)],         # to 8 x 8
+                       [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)),
+                        ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2, 0)],
+                       [halve]]),
+    "Mixed_7b": (1280, block_e(average)),
+    "Mixed_7c": (2048, block_e(maximum)),                        # only here 2015 took the maximum
+}
+
+
+class InceptionBlock(nn.Module):
+    """Branches side by side, their results stacked along the channels."""
+
+    def __init__(self, c_in, branches):
         super().__init__()
-        self.branch1x1 = ConvBN(c_in, 64, 1)
-        self.branch5x5_1 = ConvBN(c_in, 48, 1)
-        self.branch5x5_2 = ConvBN(48, 64, 5)
-        self.branch3x3dbl_1 = ConvBN(c_in, 64, 1)
-        self.branch3x3dbl_2 = ConvBN(64, 96, 3)
-        self.branch3x3dbl_3 = ConvBN(96, 96, 3)
-        self.branch_pool = ConvBN(c_in, c_pool, 1)
+        self.branches = branches
+        for steps in branches:
+            width = c_in
+            for step in steps:
+                if not callable(step):
+                    rows = step if isinstance(step, list) else [step]
+                    for name, c_out, *how in rows:
+                        self.add_module(name, ConvBN(width, c_out, *how))
+                    width = rows[-1][1]
 
     def forward(self, x):
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double,
-                          self.branch_pool(average_pool(x))], dim=1)
-
-
-class InceptionB(nn.Module):
-
-    def __init__(self, c_in):
-        super().__init__()
-        self.branch3x3 = ConvBN(c_in, 384, 3, stride=2)
-        self.branch3x3dbl_1 = ConvBN(c_in, 64, 1)
-        self.branch3x3dbl_2 = ConvBN(64, 96, 3)
-        self.branch3x3dbl_3 = ConvBN(96, 96, 3, stride=2)
-
-    def forward(self, x):
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], dim=1)
-
-
-class InceptionC(nn.Module):
-
-    def __init__(self, c):
-        super().__init__()
-        self.branch1x1 = ConvBN(768, 192, 1)
-        self.branch7x7_1 = ConvBN(768, c, 1)
-        self.branch7x7_2 = ConvBN(c, c, (1, 7))
-        self.branch7x7_3 = ConvBN(c, 192, (7, 1))
-        self.branch7x7dbl_1 = ConvBN(768, c, 1)
-        self.branch7x7dbl_2 = ConvBN(c, c, (7, 1))
-        self.branch7x7dbl_3 = ConvBN(c, c, (1, 7))
-        self.branch7x7dbl_4 = ConvBN(c, c, (7, 1))
-        self.branch7x7dbl_5 = ConvBN(c, 192, (1, 7))
-        self.branch_pool = ConvBN(768, 192, 1)
-
-    def forward(self, x):
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(average_pool(x))], dim=1)
-
-
-class InceptionD(nn.Module):
-
-    def __init__(self):
-        super().__init__()
-        self.branch3x3_1 = ConvBN(768, 192, 1)
-        self.branch3x3_2 = ConvBN(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = ConvBN(768, 192, 1)
-        self.branch7x7x3_2 = ConvBN(192, 192, (1, 7))
-        self.branch7x7x3_3 = ConvBN(192, 192, (7, 1))
-        self.branch7x7x3_4 = ConvBN(192, 192, 3, stride=2)
-
-    def forward(self, x):
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), seven, F.max_pool2d(x, 3, stride=2)], dim=1)
-
-
-class InceptionE(nn.Module):
-
-    def __init__(self, c_in, max_pool):
-        super().__init__()
-        self.max_pool = max_pool
-        self.branch1x1 = ConvBN(c_in, 320, 1)
-        self.branch3x3_1 = ConvBN(c_in, 384, 1)
-        self.branch3x3_2a = ConvBN(384, 384, (1, 3))
-        self.branch3x3_2b = ConvBN(384, 384, (3, 1))
-        self.branch3x3dbl_1 = ConvBN(c_in, 448, 1)
-        self.branch3x3dbl_2 = ConvBN(448, 384, 3)
-        self.branch3x3dbl_3a = ConvBN(384, 384, (1, 3))
-        self.branch3x3dbl_3b = ConvBN(384, 384, (3, 1))
-        self.branch_pool = ConvBN(c_in, 192, 1)
-
-    def forward(self, x):
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.max_pool else average_pool(x)
-        return torch.cat([self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single),
-                          self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double),
-                          self.branch_pool(pooled)], dim=1)
+        results = []
+        for steps in self.branches:
+            ends = [x]
+            for step in steps:
+                if callable(step):
+                    ends = [step(ends[0])]
+                else:
+                    rows = step if isinstance(step, list) else [step]
+                    ends = [self.get_submodule(row[0])(ends[0]) for row in rows]
+            results += ends
+        return torch.cat(results, dim=1)
 
 
 def resize_as_tf1(images, size=299):
@@ -178,17 +173,8 @@ class InceptionV3(nn.Module):
         self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, padding=0)
-        self.Mixed_5b = InceptionA(192, c_pool=32)
-        self.Mixed_5c = InceptionA(256, c_pool=64)
-        self.Mixed_5d = InceptionA(288, c_pool=64)
-        self.Mixed_6a = InceptionB(288)
-        self.Mixed_6b = InceptionC(128)
-        self.Mixed_6c = InceptionC(160)
-        self.Mixed_6d = InceptionC(160)
-        self.Mixed_6e = InceptionC(192)
-        self.Mixed_7a = InceptionD()
-        self.Mixed_7b = InceptionE(1280, max_pool=False)
-        self.Mixed_7c = InceptionE(2048, max_pool=True)
+        for name, (c_in, branches) in BLOCKS.items():
+            self.add_module(name, InceptionBlock(c_in, branches))
         self.fc = nn.Linear(2048, 1008)
 
     @torch.no_grad()
@@ -227,8 +213,7 @@ def fold_batch_norm(net):
     return net.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
-@functools.cache
-def load_inception(path, device, bf16=False):
+def load_inception(path, device):
     """The folded network with the weights of `path`, or of the cache, or downloaded."""
     path = path or find_file("inception", "pt_inception-2015-12-05-6726825d.pth")
     weights = dict(read_checkpoint(path)["model"])
@@ -236,8 +221,7 @@ def load_inception(path, device, bf16=False):
     for name, counter in net.state_dict().items():               # some copies of the file lack these
         if name.endswith("num_batches_tracked"):
             weights.setdefault(name, counter)
-    net = fold_batch_norm(fill_weights(net, weights, path)).to(device)
-    return net.bfloat16() if bf16 else net
+    return fold_batch_norm(fill_weights(net, weights, path)).to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -343,7 +327,7 @@ def ssim(a, b):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A judge that needs no weights from outside
+# Judges: small networks, trained on the real pictures when first asked for; no weights from outside
 
 class Classifier(nn.Module):
     """Four levels of 3x3 convolutions, each halving the picture; the mean over what is left decides.
@@ -412,399 +396,373 @@ class AttributeReader(Classifier):
         return [list(words).index(word) if word else -100 for word, words in zip(found, cls.HEADS.values())]
 
 
-@functools.cache
 def train_reader(device, side):
     """An AttributeReader for pictures of `side` pixels: of one and of two shapes, in all combinations."""
     images, items = zip(*(captioned_shapes("train", size=side, seen=seen) for seen in (True, False)))
     images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2)
     targets = torch.tensor([AttributeReader.answers(item) for item in items[0] + items[1]])
-    key = f"reader {side} {hashlib.sha256(images.numpy().tobytes()).hexdigest()}"
-    return train_judge(lambda: AttributeReader(side), images, targets, key, device, epochs=4)
+    return train_judge(lambda: AttributeReader(side), images, targets, device, epochs=4)
 
 
-def agreement(images, captions, device):
+def agreement(images, captions, reader, device):
     """Shares of pictures uint8 (M, 3, H, W) that agree with their captions: kind and colour over all shapes,
-    background, size over pictures of one shape, and order: that the first-named of two is where it should be.
-    """
+    background, size over pictures of one shape, order: that the first-named of two is where it should be, and
+    everything at once."""
     items = [parse_caption(caption) for caption in captions]
-    reader = train_reader(device, images.shape[-1])
-    logits = torch.cat([reader.features(block.to(device))["logits"].cpu() for block in images.split(500)])
+    logits = stack_features(reader, [images], len(images), device, "the samples")["logits"]
     read = torch.stack([part.argmax(dim=1) for part in reader.split(logits)], dim=1)        # (M, 7)
     right = torch.tensor([reader.answers(item) for item in items])                          # (M, 7)
     same = read == right
-    two = right[:, 2] >= 0
+    two, sized = right[:, 2] >= 0, right[:, 5] >= 0
     # Of two shapes each counts as itself wherever it stands: read them in the order that fits better.
     swapped = torch.stack([read[:, i] == right[:, j] for i, j in ((2, 0), (3, 1), (0, 2), (1, 3))], dim=1)
     in_place = same[:, :4].sum(dim=1) > swapped.sum(dim=1)
     best = torch.where((in_place | ~two)[:, None], same[:, :4], swapped)                    # (M, 4)
-    share = lambda x: x.double().mean().item()
-    shares = {"Kind": share(torch.cat([best[:, 0], best[two, 2]])),
-              "Colour": share(torch.cat([best[:, 1], best[two, 3]])),
-              "Background": share(same[:, 4])}
-    sized = right[:, 5] >= 0
+    in_order_too = in_place & same[:, 6]
+    found = {"Kind": torch.cat([best[:, 0], best[two, 2]]),
+             "Colour": torch.cat([best[:, 1], best[two, 3]]),
+             "Background": same[:, 4]}
     if sized.any():
-        shares["Size"] = share(same[sized, 5])
+        found["Size"] = same[sized, 5]
     if two.any():
-        shares["Order"] = share(in_place[two] & same[two, 6])
-    return shares
+        found["Order"] = in_order_too[two]
+    # What a caption does not name cannot be wrong.
+    found["Everything"] = (best[:, :2].all(dim=1) & (best[:, 2:].all(dim=1) & in_order_too | ~two) &
+                           same[:, 4] & (same[:, 5] | ~sized))
+    return {name: hits.double().mean().item() for name, hits in found.items()}
 
 
 def train_classifier(data, device):
     """A Classifier in eval mode, trained on all pictures of `data`."""
-    return train_judge(lambda: Classifier(len(data.class_names)), data.images, data.labels,
-                       data.fingerprint(), device, epochs=3)
+    return train_judge(lambda: Classifier(len(data.class_names)), data.images, data.labels, device, epochs=3)
 
 
-def train_judge(make, images, targets, key, device, epochs, batch_size=64, lr=3e-3, seed=0):
+def train_judge(make, images, targets, device, epochs, batch_size=64, lr=3e-3, seed=0):
     """The network that make() gives, in eval mode, trained to give these targets (M, ...) for the images
-    uint8 (M, 3, H, W). It is kept in the cache, under a name made of `key`, for the next time."""
+    uint8 (M, 3, H, W). It is kept in the cache, under a name made of all it depends on, for the next time.
+
+    epochs: three are about a minute for the classifier, which then knows nearly all real pictures of
+    `shapes`; the reader, asked seven questions, gets a fourth.
+    """
     torch.manual_seed(seed)
     net = make().to(device)
-    key = f"{key} {epochs} {batch_size} {lr} {seed}"
-    path = data_module.CACHE / "classifier" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    batch_size = min(batch_size, len(images))            # so few pictures still make one whole step an epoch
+    key = short_hash([type(net).__name__, tuple(targets.shape), images.shape[-1], images.numpy().tobytes(),
+                      targets.numpy().tobytes(), epochs, batch_size, lr, seed])
+
+    def train():
+        optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
+        steps = epochs * len(images) // batch_size
+        order = batch_indices(len(images), batch_size, seed)
+        for step in tqdm(range(steps), desc="training the classifier", unit=" steps"):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(lr, step, step / steps, warmup=50)
+            index = next(order)
+            batch = to_float(images[index].to(device))           # (B, 3, H, W)
+            # A decoder blurs edges and leaves a pattern of its own, and real pictures have neither. With half
+            # of each batch blurred and half noisy the network judges what is drawn, not how sharply.
+            batch[::2] = F.avg_pool2d(batch[::2], 3, 1, 1, count_include_pad=False)
+            batch[1::2] += 0.05 * torch.randn_like(batch[1::2])
+            loss = net.loss(net(batch)[1], targets[index].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return net.state_dict()
+
+    path = data_module.CACHE / "classifier" / f"{key}.pt"
+    weights = remembered(path, lambda name: read_checkpoint(name)["model"], train,
+                         lambda state, name: torch.save({"model": state}, name))
+    return fill_weights(net, weights, path).eval()
+
+
+def remembered(path, read, make, write):
+    """read(path), or, where it is missing or damaged, what make() gives, which write(result, path) keeps."""
     if path.exists():
-        return fill_weights(net, read_checkpoint(path)["model"], path).eval()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
-    steps = epochs * len(images) // batch_size
-    order = batch_indices(len(images), batch_size, seed)
-    for step in tqdm(range(steps), desc="training the classifier", unit=" steps"):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(lr, step, step / steps, warmup=50)
-        index = next(order)
-        batch = to_float(images[index].to(device))
-        # Half of them blurred, half noisy: it shall judge what is drawn, not how sharply a decoder draws it.
-        batch[::2] = F.avg_pool2d(batch[::2], 3, 1, 1, count_include_pad=False)
-        batch[1::2] += 0.05 * torch.randn_like(batch[1::2])
-        loss = net.loss(net(batch)[1], targets[index].to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        try:
+            with explained(f"{path} cannot be read"):
+                return read(path)
+        except InputError as error:
+            print(f"{error}: it is made again", file=sys.stderr)
+    result = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, model=net.state_dict())
-    return net.eval()
+    with whole_file(path) as name:
+        write(result, name)
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What REF and SAMPLES can be
 
-class ImageFolder(torch.utils.data.Dataset):
-    """All pictures below a folder. Indexing gives uint8 (3, H, W), or a line that says what is wrong."""
+class Pictures(torch.utils.data.Dataset):
+    """Files of pictures. Indexing with a list gives uint8 (B, 3, H, W), or a line that says what is wrong: an
+    exception would leave a worker as a traceback. (Stacked here, a batch is one tensor to send, not B.)"""
 
-    def __init__(self, root):
-        self.files = image_files(root)
-        if not self.files:
-            raise InputError(f"{root} holds no pictures")
+    def __init__(self, files):
+        self.files, self.shape = files, None
+        self.shape = self.read(0).shape
 
-    def __getitem__(self, i):
+    def read(self, i):
+        with explained(f"{self.files[i]} cannot be read", "mend or remove it"):
+            picture = torch.from_numpy(np.array(read_image(self.files[i]))).permute(2, 0, 1)
+        if picture.shape != (self.shape or picture.shape):
+            raise InputError(f"{self.files[i]} is {picture.shape[2]}x{picture.shape[1]} pixels, others are "
+                             f"{self.shape[2]}x{self.shape[1]}: bring all to one size first, as the way of "
+                             f"resizing changes the result")
+        return picture
+
+    def __getitem__(self, indices):
         try:
-            return torch.from_numpy(np.array(read_image(self.files[i]))).permute(2, 0, 1)
-        except Exception as error:       # Pillow's readers raise almost anything on a damaged file
-            return f"{self.files[i]} cannot be read ({error}): mend or remove it"
-
-    def batches(self, batch_size):
-        loader = torch.utils.data.DataLoader(self, batch_sampler=in_order(len(self.files), batch_size),
-                                             num_workers=min(8, os.cpu_count() or 1), collate_fn=list)
-        shape = None
-        for first, batch in zip(range(0, len(self.files), batch_size), loader):
-            for file, picture in zip(self.files[first:], batch):
-                if isinstance(picture, str):
-                    raise InputError(picture)
-                shape = shape or picture.shape
-                if picture.shape != shape:
-                    raise InputError(f"{file} is {picture.shape[2]}x{picture.shape[1]} pixels, others are "
-                                     f"{shape[2]}x{shape[1]}: bring all to one size first, as the way of "
-                                     f"resizing changes the result")
-            yield torch.stack(batch)
-
-
-def npz_images(path, batch_size):
-    """The number of images in an .npz's arr_0, uint8 (M, H, W, 3), and a generator of batches (B, 3, H, W),
-    read from the file as they are needed: 50,000 pictures of 256 x 256 are 9.8 GB."""
-    archive = zipfile.ZipFile(path)
-    file = archive.open("arr_0.npy")
-    version = np.lib.format.read_magic(file)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = read_header[version](file)
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-        raise InputError(f"{path}: arr_0 has to be uint8 (M, H, W, 3), not {dtype} {shape}")
-
-    def batches():
-        for first in range(0, shape[0], batch_size):
-            rows = min(batch_size, shape[0] - first)
-            data = file.read(rows * math.prod(shape[1:]))
-            pixels = np.frombuffer(bytearray(data), np.uint8).reshape(rows, *shape[1:])
-            yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return shape[0], batches()
+            return torch.stack([self.read(i) for i in indices])
+        except InputError as error:
+            return str(error)
 
 
 class ImageSet:
     """REF or SAMPLES: pictures, ready-made statistics, or both.
 
-    statistics  what the file brings of mu, sigma, mu_s, sigma_s
-    count       the number of pictures; 0 if the file holds statistics only
+    stored   arrays beside the pictures: any of mu, sigma, mu_s, sigma_s; label, prompt
+    count    the number of pictures; 0 if the file holds statistics only
     """
 
     def __init__(self, path):
-        self.path, self.statistics, self.labels, self.prompts = Path(path), {}, None, None
-        self.count, self.features_found = 0, None
+        self.path, self.stored, self.count, self.files = Path(path), {}, 0, None
+        if not self.path.exists():
+            raise InputError(f"{path} does not exist")
         if self.path.is_dir():
-            self.count = len(ImageFolder(self.path).files)
+            self.files = image_files(self.path)
+            self.count = len(self.files)
+            if not self.files:
+                raise InputError(f"{path} holds no pictures")
+            self.pictures = Pictures(self.files)
+            self.shape = self.pictures.shape                     # (3, H, W)
             return
-        try:
+        with explained(f"{path} is neither a folder of pictures nor an .npz of plain arrays"):
             with np.load(self.path, allow_pickle=False) as file:
-                names = ("mu", "sigma", "mu_s", "sigma_s")
-                self.statistics = {name: file[name] for name in names if name in file}
-                self.labels = file["label"] if "label" in file else None
-                self.prompts = file["prompt"].tolist() if "prompt" in file else None
+                names = ("mu", "sigma", "mu_s", "sigma_s", "label", "prompt")
+                self.stored = {name: file[name] for name in names if name in file}
                 images = "arr_0" in file
             if images:
-                self.count = npz_images(self.path, 1)[0]
-        except FileNotFoundError:
-            raise InputError(f"{path} does not exist") from None
-        except InputError:
-            raise
-        except Exception as error:           # np.load raises almost anything on a damaged or foreign file
-            raise InputError(f"{path} is neither a folder of pictures nor an .npz of plain arrays "
-                             f"({error})") from None
-        if not images and not {"mu", "sigma"} <= self.statistics.keys():
+                self.open_images()
+        if not images and not {"mu", "sigma"} <= self.stored.keys():
             raise InputError(f"{path} holds neither arr_0 nor mu and sigma")
 
-    def batches(self, batch_size):
-        if self.path.is_dir():
-            return ImageFolder(self.path).batches(batch_size)
-        return npz_images(self.path, batch_size)[1]
+    def open_images(self):
+        """The open member arr_0 of an .npz, just behind its header."""
+        file = zipfile.ZipFile(self.path).open("arr_0.npy")
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0,
+                       (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran, dtype = read_header[version](file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+            raise InputError(f"{self.path}: arr_0 has to be uint8 (M, H, W, 3), not {dtype} {shape}")
+        self.count, self.shape = shape[0], (3, *shape[1:3])
+        return file
 
-    def features(self, net, device, batch_size, cache_key=None):
-        """All pictures through `net`: what net.features gives, stacked, on the CPU. Computed once; with a
-        cache_key, which names the network, also kept in a file beside the pictures."""
-        if self.features_found is None:
-            kept = cache_key and self.path.with_name(f"{self.path.name}.{self.hash(cache_key)}.features.npz")
-            if kept and kept.exists():
-                with np.load(kept, allow_pickle=False) as file:
-                    self.features_found = {name: torch.from_numpy(file[name]) for name in file.files}
-            else:
-                self.features_found = stack_features(net, self.batches(batch_size), self.count, device,
-                                                     self.path.name)
-                if kept:
-                    np.savez(kept, **{name: x.numpy() for name, x in self.features_found.items()})
-        return self.features_found
+    def batches(self, batch_size):
+        """The pictures uint8 (B, 3, H, W), read as they are needed (50,000 of 256 x 256 are 9.8 GB), and no
+        more at once than `pass_size` allows for pictures of this size."""
+        size = min(batch_size, pass_size(*self.shape[1:]))
+        if self.files:
+            loader = torch.utils.data.DataLoader(self.pictures, sampler=in_order(self.count, size),
+                                                 batch_size=None, num_workers=min(8, os.cpu_count() or 1))
+            for batch in loader:
+                if isinstance(batch, str):
+                    raise InputError(batch)
+                yield batch
+            return
+        H, W = self.shape[1:]
+        with self.open_images() as file:
+            for first in range(0, self.count, size):
+                rows = min(size, self.count - first)
+                with explained(f"{self.path} cannot be read to its end", "write it again"):
+                    pixels = np.frombuffer(bytearray(file.read(rows * H * W * 3)), np.uint8)
+                    pixels = pixels.reshape(rows, H, W, 3)
+                yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def everything(self):
+        """All pictures at once: uint8 (M, 3, H, W)."""
+        return torch.cat(list(self.batches(1000)))
+
+    def features(self, net, device, args):
+        """All pictures through `net`: what net.features gives, stacked, on the CPU; None without pictures.
+        With --cache also kept in a file beside the pictures, named by them and by the network."""
+        if not self.count:
+            return None
+        make = lambda: stack_features(net, self.batches(args.batch_size), self.count, device, self.path.name)
+        if not args.cache:
+            return make()
+        kept = self.path.with_name(f"{self.path.name}.{self.hash(weights_hash(net))}.features.npz")
+
+        def read(path):
+            with np.load(path, allow_pickle=False) as file:
+                return {name: torch.from_numpy(file[name]) for name in ("pool", "spatial", "logits")}
+        return remembered(kept, read, make, write_arrays)
 
     def hash(self, key):
         """Of every byte of the pictures, their names, and the key."""
-        digest = hashlib.sha256(key.encode())
-        for path in ImageFolder(self.path).files if self.path.is_dir() else [self.path]:
-            digest.update(path.name.encode())
-            with open(path, "rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-        return digest.hexdigest()[:16]
+        def parts():
+            yield key
+            for path in self.files or [self.path]:
+                yield path.name
+                with open(path, "rb") as file:
+                    while block := file.read(1 << 24):
+                        yield block
+        return short_hash(parts())
 
-    def find_statistics(self, features):
+    def statistics(self, features):
         """mu, sigma, mu_s, sigma_s: the file's own, and else those of the features, where there are any."""
-        if "mu" not in self.statistics:
-            self.statistics["mu"], self.statistics["sigma"] = feature_statistics(features["pool"])
-        if "mu_s" not in self.statistics and features and "spatial" in features:
-            self.statistics["mu_s"], self.statistics["sigma_s"] = feature_statistics(features["spatial"])
-        return self.statistics
+        found = {name: x for name, x in self.stored.items() if name not in ("label", "prompt")}
+        if "mu" not in found:
+            found["mu"], found["sigma"] = feature_statistics(features["pool"])
+        if "mu_s" not in found and features and "spatial" in features:
+            found["mu_s"], found["sigma_s"] = feature_statistics(features["spatial"])
+        return found
 
 
-open_set = functools.cache(ImageSet)                             # REF, whose features are needed only once
+def write_arrays(arrays, path):
+    """A dict of arrays as an .npz of exactly this name (np.savez appends .npz to a name, not to a file)."""
+    with open(path, "wb") as file:
+        np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})
 
 
 def stack_features(net, batches, count, device, name):
-    """net.features of all batches: a dict of tensors on the CPU with `count` rows each."""
+    """net.features of all batches: a dict of tensors on the CPU with `count` rows each. Pictures go through
+    the network in passes, so memory is bounded whatever their size and however long a batch."""
     found, done = {}, 0
     with tqdm(total=count, desc=f"features of {name}", unit=" images") as bar:
-        for images in batches:
-            for key, rows in net.features(images.to(device, non_blocking=True)).items():
-                if key not in found:
-                    found[key] = torch.empty(count, rows.shape[1])
-                found[key][done:done + len(rows)] = rows
-            done += len(images)
-            bar.update(len(images))
+        for batch in batches:
+            for images in batch.split(pass_size(*batch.shape[-2:])):
+                for key, rows in net.features(images.to(device, non_blocking=True)).items():
+                    if key not in found:
+                        found[key] = torch.empty(count, rows.shape[1])
+                    found[key][done:done + len(rows)] = rows
+                done += len(images)
+                bar.update(len(images))
     return found
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The commands
+# Measuring samples
 
-def compare(ref, samples, features_of):
-    """The metrics that two ImageSets can give, a dict. features_of(set): its features, or None."""
-    real, fake = features_of(ref), features_of(samples)
-    a, b = ref.find_statistics(real), samples.find_statistics(fake)
-    metrics = {"FID": frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])}
-    if "mu_s" in a and "mu_s" in b:
-        metrics["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
-    if fake:
-        metrics["IS"] = inception_score(fake["logits"])
-    if real and fake:
-        metrics["Precision"], metrics["Recall"] = precision_recall(real["pool"], fake["pool"])
-    return metrics
+class Inception:
+    """Samples against REF by Inception's features. REF is read once, however many samples follow."""
+
+    def __init__(self, args, device):
+        self.args, self.device, self.net = args, device, None
+        self.ref = self.read_set(args.ref)
+        self.real = self.ref.features(self.network(), device, args) if self.ref.count else None
+        self.statistics = self.ref.statistics(self.real)
+
+    def read_set(self, path):
+        found = ImageSet(path)
+        if found.count == 1:
+            raise InputError(f"{path} holds one picture: a covariance needs at least two")
+        return found
+
+    def network(self):
+        """Loaded when the first pictures come: two files of statistics are compared without it."""
+        self.net = self.net or load_inception(self.args.inception, self.device)
+        return self.net
+
+    def measure(self, path):
+        samples = self.read_set(path)
+        if 0 < samples.count < 10_000:
+            print(f"warning: {samples.count:,} samples make FID too high; it is usually told for 50,000",
+                  file=sys.stderr)
+        fake = samples.features(self.network(), self.device, self.args) if samples.count else None
+        a, b = self.statistics, samples.statistics(fake)
+        metrics = {"FID": frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])}
+        if "mu_s" in a and "mu_s" in b:
+            metrics["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
+        if fake:
+            metrics["IS"] = inception_score(fake["logits"])
+        if self.real and fake:
+            metrics["Precision"], metrics["Recall"] = precision_recall(self.real["pool"], fake["pool"])
+        return metrics
 
 
-@functools.cache                                                 # a sweep asks for the same one many times
-def classifier_reference(name, size, limit, data_dir, device):
-    """What `judge` compares with: a classifier of the data set, its classes, its pool features of the real
-    test pictures and its accuracy on them."""
-    train, test = (ArrayData(name, split, size, limit, data_dir) for split in ("train", "test"))
-    net = train_classifier(train, device)
-    real = stack_features(net, test.images.split(500), len(test), device, name)
-    accuracy = (real["logits"].argmax(dim=1) == test.labels).double().mean().item()
-    return net, train.class_names, real["pool"], accuracy
+class Judged:
+    """Samples of a data set known by name against its real test pictures, by a judge trained on its training
+    pictures: the classifier for samples with labels, the reader for samples with captions.
 
+    vq     if given, samples are also compared with what this tokenizer makes of the real pictures. A GPT
+           cannot draw better than its decoder does, and the decoder's artefacts alone move every picture away
+           from the real ones; beside reconstructions what is left is the GPT's own part
+    count  compare with so many real test pictures, not with all: the more there are, the smaller the balls
+           around them, and the lower the precision
+    """
 
-def judge(images, labels, reference, device):
-    """Metrics of generated images uint8 (M, 3, H, W) with labels (M,) by a classifier_reference."""
-    net, class_names, real, accuracy = reference
-    if labels.min() < 0 or labels.max() >= len(class_names):
-        raise InputError(f"the samples have labels up to {labels.max()}, but there are {len(class_names)} "
-                         f"classes")
-    fake = stack_features(net, images.split(500), len(images), device, "the samples")
-    right = (fake["logits"].argmax(dim=1) == labels).double()
-    metrics = {"Real test accuracy": accuracy, "Class accuracy": right.mean().item()}
-    for i, class_name in enumerate(class_names):
-        if (labels == i).any():
-            metrics[f"  {class_name}"] = right[labels == i].mean().item()
-    metrics["FID-classifier"] = frechet_distance(*feature_statistics(real), *feature_statistics(fake["pool"]))
-    precision, recall = precision_recall(real, fake["pool"])
-    return metrics | {"Precision-classifier": precision, "Recall-classifier": recall}
+    def __init__(self, args, device, vq=None, count=None):
+        self.args, self.device, self.vq, self.count, self.net = args, device, vq, count, None
+
+    def measure(self, path):
+        samples = ImageSet(path)
+        if not samples.count or not {"label", "prompt"} & samples.stored.keys():
+            raise InputError(f"{path} needs arr_0 and label to be judged by a classifier: write it with "
+                             f"python sample.py --npz")
+        images = samples.everything()                            # (M, 3, H, W)
+        if "prompt" in samples.stored:
+            self.net = self.net or train_reader(self.device, images.shape[-1])
+            return agreement(images, samples.stored["prompt"].tolist(), self.net, self.device)
+        if self.net is None:
+            self.learn(images.shape[-1])
+        return self.compare(images, torch.from_numpy(samples.stored["label"]))
+
+    def learn(self, side):
+        """Train the classifier; pass the real test pictures, and their reconstructions, through it."""
+        args = self.args
+        train = ArrayData(args.ref, "train", side, args.limit, args.data_dir)
+        test = ArrayData(args.ref, "test", side, self.count or args.limit, args.data_dir)
+        self.net, self.class_names = train_classifier(train, self.device), train.class_names
+        real = stack_features(self.net, [test.images], len(test), self.device, args.ref)
+        self.accuracy = (real["logits"].argmax(dim=1) == test.labels).double().mean().item()
+        self.features = {"": real["pool"]}                       # (L, D)
+        if self.vq:
+            with torch.inference_mode():
+                tokens = tokenize_in_passes(self.vq, test.images, self.device)       # (L, N)
+                recon = to_pictures(self.vq, tokens).permute(0, 3, 1, 2).cpu()
+            found = stack_features(self.net, [recon], len(recon), self.device, "reconstructions")
+            self.features[" (reconstructions)"] = found["pool"]
+
+    def compare(self, images, labels):
+        """Metrics of images uint8 (M, 3, H, W) with labels (M,)."""
+        K = len(self.class_names)
+        if labels.min() < 0 or labels.max() >= K:
+            raise InputError(f"the samples have labels up to {labels.max()}, but there are {K} classes: give "
+                             f"the data set that they were drawn for")
+        fake = stack_features(self.net, [images], len(images), self.device, "the samples")
+        right = (fake["logits"].argmax(dim=1) == labels).double()
+        metrics = {"Real test accuracy": self.accuracy, "Class accuracy": right.mean().item()}
+        for i, class_name in enumerate(self.class_names):
+            if (labels == i).any():
+                metrics[f"Class accuracy of {class_name}"] = right[labels == i].mean().item()
+        statistics = feature_statistics(fake["pool"])
+        for against, real in self.features.items():
+            precision, recall = precision_recall(real, fake["pool"])
+            metrics |= {f"FID-classifier{against}": frechet_distance(*feature_statistics(real), *statistics),
+                        f"Precision-classifier{against}": precision,
+                        f"Recall-classifier{against}": recall}
+        return metrics
 
 
 def reconstruct(vq, data, device, args, net=None):
     """How well a tokenizer keeps pictures: metrics over a data set, rFID too where `net` gives features."""
-    psnr, similarity, found = [], [], ([], [])
-    counts = torch.zeros(vq.config.codebook_size, device=device)
-    with tqdm(total=len(data), desc="reconstructing", unit=" images") as bar:
-        for images, recon, tokens in reconstructions(vq, data, device, args.batch_size):
-            psnr.append(peak_signal_to_noise(images, recon))
-            similarity.append(ssim(images.float(), recon.float()))
-            counts += torch.bincount(tokens.flatten(), minlength=len(counts))
+    similarity, found = [], ([], [])
+
+    def also(images, recon):                                     # uint8 (B, 3, H, W) each
+        similarity.append(ssim(images.float(), recon.float()))
+        for pool, pictures in zip(found, (images, recon)):
             if net:
-                for pool, pictures in zip(found, (images, recon)):
-                    pool.append(net.features(pictures)["pool"].cpu())
-            bar.update(len(images))
+                pool.append(net.features(pictures)["pool"].cpu())
+
+    side = data.size
+    psnr, usage, perplexity = evaluate(vq, data, device, min(args.batch_size, pass_size(side, side)), also)
     metrics = {}
     if net:
         real, fake = (feature_statistics(torch.cat(pool)) for pool in found)
         metrics["rFID-classifier" if isinstance(net, Classifier) else "rFID"] = frechet_distance(*real, *fake)
-    usage, perplexity = codebook_statistics(counts)
-    return metrics | {"PSNR": torch.cat(psnr).mean().item(), "SSIM": torch.cat(similarity).mean().item(),
-                      "Codebook usage": usage, "Codebook perplexity": perplexity,
-                      "Codebook entropy": math.log2(perplexity)}
-
-
-def evaluate_samples(args, device):
-    """The metrics of args.samples against args.ref, by the features that args.features names."""
-    if args.ref in ARRAY_NAMES:
-        samples = ImageSet(args.samples)
-        if samples.count and samples.prompts is not None:
-            images = torch.cat(list(samples.batches(1000)))
-            return agreement(images, samples.prompts, device)
-        if not samples.count or samples.labels is None:
-            raise InputError(f"{args.samples} needs arr_0 and label to be judged by a classifier: write it "
-                             f"with python sample.py --npz")
-        images = torch.cat(list(samples.batches(1000)))
-        reference = classifier_reference(args.ref, images.shape[-1], args.limit, args.data_dir, device)
-        return judge(images, torch.from_numpy(samples.labels), reference, device)
-    ref, samples = open_set(args.ref), ImageSet(args.samples)
-    for images in (ref, samples):
-        if images.count == 1:
-            raise InputError(f"{images.path} holds one picture: a covariance needs at least two")
-    if 0 < samples.count < 10_000:
-        print(f"warning: {samples.count:,} samples make FID too high; it is usually told for 50,000",
-              file=sys.stderr)
-    net = load_inception(args.inception, device, args.bf16) if ref.count or samples.count else None
-    key = f"{weights_hash(net)} {args.bf16}" if net and args.cache else None
-    return compare(ref, samples, lambda images: images.features(net, device, args.batch_size, key)
-                   if images.count else None)
-
-
-def save_statistics(args, device):
-    """Write mu, sigma, mu_s and sigma_s of REF to --save-stats, to be used as REF from then on."""
-    ref = open_set(args.ref)
-    features = None
-    if ref.count:
-        net = load_inception(args.inception, device, args.bf16)
-        features = ref.features(net, device, args.batch_size)
-    np.savez(args.save_stats, **ref.find_statistics(features))
-
-
-def plot_lines(table, x, columns, path, size=(300, 240), margin=46):
-    """A PNG with one small diagram for each column of the table (a list of dicts) against column x."""
-    sheet = Image.new("RGB", (size[0] * len(columns), size[1]), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    for i, column in enumerate(columns):
-        xs, ys = [row[x] for row in table], [row[column] for row in table]
-        left, right, top, bottom = size[0] * i + margin, size[0] * (i + 1) - 16, 30, size[1] - 36
-        spread = lambda values: (min(values), (max(values) - min(values)) or 1.0)
-        (x0, width), (y0, height) = spread(xs), spread(ys)
-        points = [(left + (a - x0) / width * (right - left), bottom - (b - y0) / height * (bottom - top))
-                  for a, b in zip(xs, ys)]
-        draw.rectangle((left - 6, top - 6, right + 6, bottom + 6), outline="gray")
-        draw.line(points, fill="navy", width=2)
-        for (px, py), value in zip(points, xs):
-            draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill="navy")
-            draw.text((px, bottom + 9), f"{value:g}", "black", font, anchor="mt")
-        for value, py in ((max(ys), top), (min(ys), bottom)):
-            draw.text((left - 9, py), f"{value:.3g}", "black", font, anchor="rm")
-        draw.text(((left + right) / 2, 12), column, "black", font, anchor="mm")
-        draw.text(((left + right) / 2, size[1] - 8), x, "black", font, anchor="mm")
-    sheet.save(path)
-
-
-def get_args(argv=None):
-    parser = flag_parser(__doc__)
-    parser.add_argument("ref", nargs="?", metavar="REF",
-                        help="the real pictures: a folder, an .npz, or for the classifier "
-                             f"{', '.join(ARRAY_NAMES)}")
-    parser.add_argument("samples", nargs="?", metavar="SAMPLES", help="the generated ones: a folder or .npz")
-    parser.add_argument("--inception", help="pt_inception-2015-12-05-6726825d.pth, if it is not in the cache")
-    parser.add_argument("--save-stats", help="write the statistics of REF to this .npz")
-    parser.add_argument("--cache", action="store_true",
-                        help="keep the features in a file beside the pictures")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    parser.add_argument("--batch-size", type=positive(int), default=64, help="pictures per pass")
-    parser.add_argument("--bf16", action="store_true",
-                        help="Inception in bf16: faster, and no longer comparable")
-    parser.add_argument("--device", help="cuda, mps or cpu; the best one present if left out")
-    group = parser.add_argument_group("a tokenizer's reconstructions")
-    group.add_argument("--recon", metavar="VQ", help="rFID, PSNR, SSIM and codebook use of this tokenizer")
-    group.add_argument("--data", default="shapes", help="the pictures to reconstruct")
-    group.add_argument("--split", default="test", choices=("train", "test"), help="which of them")
-    group.add_argument("--image-size", type=positive(int), help="their side; the tokenizer's own if left out")
-    group.add_argument("--features", default="inception", choices=("inception", "classifier"),
-                       help="whose features rFID compares")
-    group = parser.add_argument_group("data sets by name")
-    group.add_argument("--data-dir", help="where to look for the data set's files first")
-    group.add_argument("--limit", type=positive(int), help="use only so many real pictures of each split")
-    args = parser.parse_args(argv)
-    if not args.recon and not args.ref or not (args.recon or args.save_stats or args.samples):
-        parser.error("give REF and SAMPLES, or REF and --save-stats, or --recon and --data")
-    return args
-
-
-def main(args):
-    device = pick_device(args.device)
-    if args.recon:
-        vq = load_tokenizer(args.recon, device)
-        size = args.image_size or read_checkpoint(args.recon, mmap=True).get("image_size", 256)
-        data = load_data(args.data, args.split, size, args.limit, args.data_dir)
-        metrics = reconstruct(vq, data, device, args, recon_network(args, size, device))
-    elif args.save_stats:
-        save_statistics(args, device)
-        print(f"wrote {args.save_stats}", file=sys.stderr)
-        if not args.samples:
-            return
-        metrics = evaluate_samples(args, device)
-    else:
-        metrics = evaluate_samples(args, device)
-    if any("classifier" in name for name in metrics):
-        print("Figures of the small classifier cannot be compared with published FIDs.", file=sys.stderr)
-    if args.json:
-        print(json.dumps({name.strip(): value for name, value in metrics.items()}))
-    else:
-        for name, value in metrics.items():
-            print(f"{name}: {value:.4f}")
+    return metrics | {"PSNR": psnr, "SSIM": torch.cat(similarity).mean().item(), "Codebook usage": usage,
+                      "Codebook perplexity": perplexity, "Codebook entropy": math.log2(perplexity)}
 
 
 def recon_network(args, size, device):
@@ -814,11 +772,210 @@ def recon_network(args, size, device):
             raise InputError(f"--features classifier learns one of {', '.join(ARRAY_NAMES)}, not {args.data}")
         return train_classifier(ArrayData(args.data, "train", size, args.limit, args.data_dir), device)
     try:
-        return load_inception(args.inception, device, args.bf16)
+        return load_inception(args.inception, device)
     except InputError as error:
         if args.inception:
             raise
         print(f"rFID is left out: {error}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Drawing and measuring in one command. Under torchrun all processes draw, the first one measures.
+
+def trained_on(args):
+    """The data set that the GPT's checkpoint names, if it is one known by name, else None; whether it draws
+    from captions."""
+    checkpoint = read_checkpoint(args.gpt, mmap=True)
+    flags = checkpoint.get("args")
+    flags = flags if isinstance(flags, dict) else {}             # released files: a Namespace, or nothing
+    # A run on a folder of codes has a --data too, which it did not read.
+    name = None if flags.get("codes") or "config" not in checkpoint else flags.get("data")
+    text = checkpoint.get("config", {}).get("model_type", "c2i") == "t2i"
+    return name if name in ARRAY_NAMES else None, text
+
+
+def draw(args, path, *flags):
+    """Write samples to the .npz `path` with sample.py and these flags."""
+    flags = ["--gpt", args.gpt, "--vq", args.vq, "--npz", str(path), *flags]
+    flags += ["--device", args.device] if args.device else []
+    flags += ["--temperature", str(args.temperature)] if args.temperature is not None else []
+    sample.main(sample.get_args(flags))
+
+
+def sweep(args, device):
+    """Draw and measure at every guidance scale of --sweep: the trade-off between fidelity and variety as a
+    table, --out, and as curves in a .png beside it. The samples stay in a folder beside it.
+
+    The temperature is 1 unless told otherwise: a lower one gives up variety for fidelity as well, and the
+    curves could not tell which of the two did it."""
+    args.ref = args.ref or trained_on(args)[0]
+    if args.ref is None:
+        raise InputError(f"{args.gpt} does not say on which data set known by name it was trained: give REF, "
+                         f"the real pictures to compare with, as python fid.py REF --sweep ...")
+    args.temperature = 1.0 if args.temperature is None else args.temperature
+    target, table, judge = Path(args.out), [], None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for scale in args.sweep:
+        path = target.with_suffix("") / f"cfg_{scale:g}.npz"
+        draw(args, path, "--cfg-scale", str(scale), "--num-samples", str(args.num_samples))
+        if rank_and_world()[0] > 0:
+            continue
+        if judge is None:
+            judge = (Judged(args, device, load_tokenizer(args.vq, device), args.num_samples)
+                     if args.ref in ARRAY_NAMES else Inception(args, device))
+        metrics = judge.measure(path)
+        table.append({"cfg_scale": scale} | {name: value for name, value in metrics.items()
+                                             if not name.startswith("Class accuracy of")})
+        print(", ".join(f"{name} {value:.4g}" for name, value in table[-1].items()))
+    if table:
+        with whole_file(target) as name, open(name, "w", newline="") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
+        plot_lines(table, "cfg_scale", target.with_suffix(".png"))
+        print(f"wrote {target} and {target.with_suffix('.png')}")
+
+
+def alignment(args, device):
+    """How well pictures of `shapes` agree with captions from the test split, --alignment of each: one shape
+    or two, of combinations that were trained on or held out."""
+    if trained_on(args) != ("shapes", True):
+        raise InputError(f"{args.gpt} was not trained on the captions of shapes, the only ones that can be "
+                         f"read back from a picture: train one with python train_gpt.py --cond text")
+    groups = {}
+    for seen in (True, False):
+        items = captioned_items("test", seen=seen)
+        for two in (False, True):
+            found = [item["caption"] for item in items if ("shapes" in item) == two]
+            name = f"{'two shapes' if two else 'one shape'}, {'seen' if seen else 'held-out'} combinations"
+            groups[name] = [found[i * len(found) // args.alignment] for i in range(args.alignment)]
+    path = Path(args.out).with_name("alignment.npz")
+    prompts = path.with_suffix(".txt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if rank_and_world()[0] == 0:
+        with whole_file(prompts) as name:
+            name.write_text("\n".join(sum(groups.values(), [])) + "\n", encoding="utf-8")
+    wait_for_all()
+    draw(args, path, "--prompts-file", str(prompts), "--num-samples", str(len(groups) * args.alignment))
+    if rank_and_world()[0] > 0:
+        return
+    images = ImageSet(path).everything().split(args.alignment)
+    reader = train_reader(device, images[0].shape[-1])
+    for (name, captions), pictures in zip(groups.items(), images):
+        shares = agreement(pictures, captions, reader, device)
+        print(f"{len(captions)} pictures of {name}: " +
+              ", ".join(f"{word} {value:.1%}" for word, value in shares.items()))
+
+
+def plot_lines(table, x, path, size=(300, 240)):
+    """A PNG with one small diagram for each figure of the table (a list of dicts) against column x. Figures
+    against reconstructions are a second line in the diagram of the same name. All axes begin at 0, those of
+    shares end at 1, and x is the same everywhere."""
+    RECON = " (reconstructions)"
+    names = [name for name in table[0] if name not in (x, "Real test accuracy") and not name.endswith(RECON)]
+    sheet = Image.new("RGB", (size[0] * len(names), size[1]), "white")
+    draw_on, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    xs = [row[x] for row in table]
+    for i, name in enumerate(names):
+        lines = {column: [row[column] for row in table]
+                 for column in (name, name + RECON) if column in table[0]}
+        highest = max(map(max, lines.values()))
+        digit = 10 ** math.floor(math.log10(highest)) if highest > 0 else 1
+        top = math.ceil(highest / digit) * digit if name.startswith(("FID", "sFID", "IS")) else 1
+        left, right, upper, lower = size[0] * i + 50, size[0] * (i + 1) - 16, 34, size[1] - 40
+        across = lambda value, a=left, b=right: a + (value - min(xs)) / (max(xs) - min(xs) or 1) * (b - a)
+        draw_on.text(((left + right) / 2, 12), name, "black", font, anchor="mm")
+        draw_on.text(((left + right) / 2, size[1] - 10), x, "black", font, anchor="mm")
+        for quarter in range(5):
+            y = lower - quarter / 4 * (lower - upper)
+            draw_on.line((left, y, right, y), fill="lightgray")
+            draw_on.text((left - 8, y), f"{top * quarter / 4:.3g}", "black", font, anchor="rm")
+        for value in xs:
+            draw_on.text((across(value), lower + 8), f"{value:g}", "black", font, anchor="mt")
+        for k, (column, values) in enumerate(lines.items()):
+            colour = ("navy", "darkorange")[k]
+            points = [(across(a), lower - b / top * (lower - upper)) for a, b in zip(xs, values)]
+            draw_on.line(points, fill=colour, width=2)
+            for px, py in points:
+                draw_on.ellipse((px - 3, py - 3, px + 3, py + 3), fill=colour)
+            if len(lines) == 2:
+                words = ("against real", "against reconstructions")[k]
+                draw_on.text((left + 75 * k, 25), words, colour, font, anchor="lm")
+    sheet.save(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+def get_args(argv=None):
+    parser = flag_parser(__file__, __doc__)
+    parser.add_argument("ref", nargs="?", metavar="REF",
+                        help="the real pictures: a folder, an .npz, or for the classifier "
+                             f"{', '.join(ARRAY_NAMES)}")
+    parser.add_argument("samples", nargs="?", metavar="SAMPLES", help="the generated ones: a folder or .npz")
+    parser.add_argument("--inception", help="pt_inception-2015-12-05-6726825d.pth, if it is not in the cache")
+    parser.add_argument("--save-stats", help="write the statistics of REF to this .npz")
+    parser.add_argument("--cache", action="store_true",
+                        help="keep the features in a file beside the pictures")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument("--batch-size", type=counting, default=64,
+                        help="pictures per pass, at most; fewer if they are large")
+    parser.add_argument("--device", help=DEVICE_HELP)
+    group = parser.add_argument_group("a tokenizer's reconstructions")
+    group.add_argument("--recon", metavar="VQ", help="rFID, PSNR, SSIM and codebook use of this tokenizer")
+    group.add_argument("--data", default="shapes", help="the pictures to reconstruct")
+    group.add_argument("--split", default="test", choices=("train", "test"), help="which of them")
+    group.add_argument("--image-size", type=counting, help="their side; the tokenizer's own if left out")
+    group.add_argument("--features", default="inception", choices=("inception", "classifier"),
+                       help="whose features rFID compares")
+    group = parser.add_argument_group("drawing and measuring")
+    group.add_argument("--sweep", type=finite, nargs="+", metavar="S",
+                       help="draw at each of these guidance scales; REF: the GPT's data set if left out")
+    group.add_argument("--alignment", type=counting, metavar="M",
+                       help="draw M pictures for captions of one and of two shapes, and read them back")
+    group.add_argument("--gpt", default="out/gpt.pt", help="the GPT that draws")
+    group.add_argument("--vq", default="out/vq.pt", help="the tokenizer that it was trained with")
+    group.add_argument("--num-samples", type=counting, default=1000, help="pictures for each scale")
+    group.add_argument("--temperature", type=not_negative,
+                       help="if left out 1 for --sweep, and that of sample.py for --alignment")
+    group.add_argument("--out", default="out/sweep.csv", help="the table; curves and samples go beside it")
+    group = parser.add_argument_group("data sets by name")
+    group.add_argument("--data-dir", help="where to look for the data set's files first")
+    group.add_argument("--limit", type=counting, help="use only so many real pictures of each split")
+    args = parser.parse_args(argv)
+    alone = args.recon or args.sweep or args.alignment
+    if not (alone or args.ref and (args.save_stats or args.samples)):
+        parser.error("give REF and SAMPLES, or REF and --save-stats, or one of --recon, --sweep, --alignment")
+    return args
+
+
+def main(args):
+    device = pick_device(args.device)
+    if args.sweep:
+        return sweep(args, device)
+    if args.alignment:
+        return alignment(args, device)
+    if args.recon:
+        vq = load_tokenizer(args.recon, device)
+        size = args.image_size or read_checkpoint(args.recon, mmap=True).get("image_size", 256)
+        data = load_data(args.data, args.split, size, args.limit, args.data_dir)
+        metrics = reconstruct(vq, data, device, args, recon_network(args, size, device))
+    else:
+        named = args.ref in ARRAY_NAMES and not args.save_stats
+        judge = Judged(args, device) if named else Inception(args, device)
+        if args.save_stats:
+            with whole_file(args.save_stats) as name:
+                write_arrays(judge.statistics, name)
+            print(f"wrote {args.save_stats}", file=sys.stderr)
+            if not args.samples:
+                return
+        metrics = judge.measure(args.samples)
+    if any("classifier" in name for name in metrics):
+        print("Figures of the small classifier cannot be compared with published FIDs.", file=sys.stderr)
+    if args.json:
+        print(json.dumps(metrics))
+    else:
+        for name, value in metrics.items():
+            print(f"{name}: {value:.4f}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.ndimage
+import scipy.special
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -11,11 +15,12 @@ from PIL import Image
 import data
 import fid
 import sample
+import shapes
 from fid import (InceptionV3, feature_statistics, fold_batch_norm, frechet_distance, get_args,
                  inception_score, main, precision_recall, resize_as_tf1, ssim)
 from model import GPT, GPTConfig
-from tokenizer import VQ_SIZES, InputError, VQConfig, VQModel, weights_hash
-from train_vq import evaluate
+from runs import InputError, weights_hash
+from tokenizer import VQ_SIZES, VQConfig, VQModel, pass_size
 
 
 def gaussian(D, rank=None, seed=0):
@@ -32,6 +37,32 @@ def test_frechet_distance_is_zero_for_equals_and_symmetric(rank):
     assert frechet_distance(*a, *a) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(*a, *b) == pytest.approx(frechet_distance(*b, *a), rel=1e-6)
     assert frechet_distance(*a, *b) > 1
+
+
+@pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")
+def test_the_distance_is_that_of_scipys_matrix_root():
+    (mu1, sigma1), (mu2, sigma2) = gaussian(20), gaussian(20, seed=1)
+    root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
+    assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected, rel=1e-9)
+
+
+def test_inception_score_is_that_of_scipys_relative_entropy():
+    logits = np.random.default_rng(0).normal(size=(50, 12)) * 3
+    p = scipy.special.softmax(logits, axis=1)
+    expected = np.exp(scipy.stats.entropy(p, p.mean(axis=0)[None], axis=1).mean())
+    assert inception_score(logits) == pytest.approx(expected, rel=1e-9)
+
+
+def test_ssim_is_that_of_scipys_gaussian_filter():
+    a, b = np.random.default_rng(0).uniform(0, 255, (2, 20, 30))
+    blur = lambda x: scipy.ndimage.gaussian_filter(x, 1.5, radius=5)[5:-5, 5:-5]
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    ma, mb = blur(a), blur(b)
+    value = ((2 * ma * mb + c1) * (2 * (blur(a * b) - ma * mb) + c2)
+             / ((ma ** 2 + mb ** 2 + c1) * (blur(a * a) - ma ** 2 + blur(b * b) - mb ** 2 + c2)))
+    images = (torch.from_numpy(np.stack([x] * 3))[None] for x in (a, b))
+    assert ssim(*images).item() == pytest.approx(value.mean(), rel=1e-6)
 
 
 def test_a_shift_adds_its_square_and_four_times_the_covariance_adds_its_trace():
@@ -158,8 +189,10 @@ def test_spatial_features_are_the_first_seven_channels_of_mixed_6d_row_by_row(in
 
 
 def test_pooling_does_not_count_the_padding_and_only_the_last_block_takes_the_maximum(inception):
-    assert fid.average_pool(torch.ones(1, 1, 4, 4)).min() == 1
-    assert [inception.Mixed_7b.max_pool, inception.Mixed_7c.max_pool] == [False, True]
+    assert fid.average(torch.ones(1, 1, 4, 4)).min() == 1
+    pools = {name: inception.get_submodule(name).branches[-1][0] for name in fid.BLOCKS}
+    assert pools["Mixed_7c"] is fid.maximum and pools["Mixed_6a"] is pools["Mixed_7a"] is fid.halve
+    assert sum(pool is fid.average for pool in pools.values()) == 8
 
 
 @pytest.mark.parametrize("size", [(5, 7), (32, 32), (299, 299), (400, 310)])
@@ -202,7 +235,6 @@ def test_statistics_files_are_compared_without_a_network(tmp_path, capsys):
 
 
 def test_folders_npz_files_and_saved_statistics_give_the_same_numbers(tmp_path, capsys, inception):
-    fid.open_set.cache_clear()
     weights = {name: x for name, x in inception.state_dict().items() if "num_batches" not in name}
     torch.save(weights, tmp_path / "weights.pth")
     real, fake = pictures(6, 0), pictures(7, 1)
@@ -224,7 +256,6 @@ def test_folders_npz_files_and_saved_statistics_give_the_same_numbers(tmp_path, 
     assert numbers["IS"] == pytest.approx(inception_score(feats[1]["logits"]), abs=1e-3)
     kept = [path for path in tmp_path.iterdir() if path.name.endswith(".features.npz")]
     assert len(kept) == 2                                        # one per folder
-    fid.open_set.cache_clear()
     main(get_args([str(tmp_path / "real"), "--save-stats", str(tmp_path / "stats.npz"), *flags]))
     capsys.readouterr()
     main(get_args([str(tmp_path / "stats.npz"), str(tmp_path / "fake.npz"), *flags]))
@@ -238,9 +269,9 @@ def test_folders_npz_files_and_saved_statistics_give_the_same_numbers(tmp_path, 
 def test_an_npz_is_read_block_by_block(tmp_path, compressed):
     images = pictures(10, 0)
     (np.savez_compressed if compressed else np.savez)(tmp_path / "x.npz", arr_0=images, label=np.arange(10))
-    count, batches = fid.npz_images(tmp_path / "x.npz", 4)
-    batches = list(batches)
-    assert count == 10 and [len(batch) for batch in batches] == [4, 4, 2]
+    images_found = fid.ImageSet(tmp_path / "x.npz")
+    batches = list(images_found.batches(4))
+    assert images_found.count == 10 and [len(batch) for batch in batches] == [4, 4, 2]
     assert np.array_equal(torch.cat(batches).permute(0, 2, 3, 1), images)
 
 
@@ -291,7 +322,6 @@ def test_without_weights_or_network_one_line_says_what_to_fetch(tmp_path, offlin
 @pytest.fixture
 def small_world(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    fid.classifier_reference.cache_clear()
     return ["--limit", "600", "--device", "cpu"]
 
 
@@ -309,11 +339,11 @@ def test_the_classifier_recognises_real_pictures_and_not_wrong_labels(tmp_path, 
     assert real["Class accuracy"] > 0.4 and real["Class accuracy"] > wrong["Class accuracy"] + 0.3
     assert real["Real test accuracy"] == pytest.approx(real["Class accuracy"], abs=0.15)
     assert real["FID-classifier"] == wrong["FID-classifier"]                  # it does not look at labels
-    assert real["Recall-classifier"] > 0.5 and "  circle" in real
+    assert real["Recall-classifier"] > 0.5 and 0 <= real["Class accuracy of circle"] <= 1
     assert len(list((tmp_path / "cache" / "classifier").iterdir())) == 1      # trained once
 
 
-def test_reconstruction_agrees_with_the_training_script_and_leaves_out_what_it_cannot_have(
+def test_reconstruction_agrees_with_formulas_written_out_and_leaves_out_what_it_cannot_have(
         tmp_path, capsys, small_world, offline):
     vq = VQModel(VQConfig(**VQ_SIZES["VQ-tiny"])).eval()
     torch.save({"model": vq.state_dict(), "config": dict(vars(vq.config)), "image_size": 32},
@@ -322,30 +352,209 @@ def test_reconstruction_agrees_with_the_training_script_and_leaves_out_what_it_c
     captured = capsys.readouterr()
     assert "rFID is left out" in captured.err
     numbers = lines_of(captured.out)
-    psnr, usage, perplexity = evaluate(vq, data.ArrayData("shapes", "test", 32, 600), "cpu", 64)
+    real = data.load_array("shapes", "test", 600)[0].astype(np.float64)                  # (M, H, W, 3)
+    with torch.no_grad():
+        tokens = vq.tokenize(torch.from_numpy(real).float().permute(0, 3, 1, 2) / 127.5 - 1)
+        recon = np.trunc(np.clip(vq.detokenize(tokens).numpy() * 127.5 + 128, 0, 255)).transpose(0, 2, 3, 1)
+    psnr = (10 * np.log10(255 ** 2 / ((real - recon) ** 2).mean(axis=(1, 2, 3)))).mean()
+    share = np.unique(tokens, return_counts=True)[1] / tokens.numel()
+    entropy = scipy.stats.entropy(share)                         # nats
     assert "rFID" not in numbers and numbers["PSNR"] == pytest.approx(psnr, abs=1e-3)
-    assert numbers["Codebook usage"] == pytest.approx(usage, abs=1e-4)
-    assert 2 ** numbers["Codebook entropy"] == pytest.approx(numbers["Codebook perplexity"], rel=1e-3)
+    assert numbers["Codebook usage"] == pytest.approx(len(share) / 512, abs=1e-4)
+    assert numbers["Codebook perplexity"] == pytest.approx(np.exp(entropy), rel=1e-3)
+    assert numbers["Codebook entropy"] == pytest.approx(entropy / np.log(2), rel=1e-3)
     main(get_args(["--recon", str(tmp_path / "vq.pt"), "--features", "classifier", *small_world]))
     assert lines_of(capsys.readouterr().out)["rFID-classifier"] > 0
 
 
-def test_a_sweep_writes_its_table_and_its_curves(tmp_path, monkeypatch, small_world):
+@pytest.fixture
+def models(tmp_path, monkeypatch, small_world):
+    """Flags of a tiny tokenizer and a tiny GPT; models(text, **args): what the GPT says of its training."""
+    for module in (data, shapes):
+        monkeypatch.setattr(module, "SHAPES_COUNT", {"train": 200, "test": 200})
     vq = VQModel(VQConfig(**VQ_SIZES["VQ-tiny"]))
-    gpt = GPT(GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=512, block_size=64, num_classes=10))
     torch.save({"model": vq.state_dict(), "config": dict(vars(vq.config))}, tmp_path / "vq.pt")
-    torch.save({"model": gpt.state_dict(), "config": dict(vars(gpt.config)), "vq_hash": weights_hash(vq),
-                "class_names": list(data.KINDS)}, tmp_path / "gpt.pt")
-    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 200, "test": 200})
-    sample.main(sample.get_args(["--gpt", str(tmp_path / "gpt.pt"), "--vq", str(tmp_path / "vq.pt"),
-                                 "--out", str(tmp_path / "out" / "x.png"), "--num-samples", "20",
-                                 "--sweep", "0,1.5,3", "--device", "cpu"]))
+
+    def save(text=False, **args):
+        gpt = GPT(GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=512, block_size=64, num_classes=10,
+                            model_type="t2i" if text else "c2i"))
+        torch.save({"model": gpt.state_dict(), "config": dict(vars(gpt.config)), "vq_hash": weights_hash(vq),
+                    "class_names": list(data.KINDS), "args": args}, tmp_path / "gpt.pt")
+        return ["--gpt", str(tmp_path / "gpt.pt"), "--vq", str(tmp_path / "vq.pt"), "--device", "cpu",
+                "--out", str(tmp_path / "out" / "sweep.csv")]
+    return save
+
+
+def test_a_sweep_compares_with_real_pictures_and_with_reconstructions_at_equal_counts_and_temperature_1(
+        tmp_path, monkeypatch, models):
+    counts, temperatures, draw = [], [], sample.main
+    monkeypatch.setattr(sample, "main", lambda args: (temperatures.append(args.temperature), draw(args)))
+    measured = fid.precision_recall
+    monkeypatch.setattr(fid, "precision_recall", lambda real, fake: counts.append((len(real), len(fake)))
+                        or measured(real, fake))
+    main(get_args(["--sweep", "0", "1.5", "3", "--num-samples", "20", *models(data="shapes")]))
     rows = (tmp_path / "out" / "sweep.csv").read_text().splitlines()
-    assert rows[0].startswith("cfg_scale,Real test accuracy,Class accuracy,FID-classifier")
+    metrics = ["FID-classifier", "Precision-classifier", "Recall-classifier"]
+    assert rows[0].split(",") == ["cfg_scale", "Real test accuracy", "Class accuracy", *metrics,
+                                  *(f"{name} (reconstructions)" for name in metrics)]
     assert [row.split(",")[0] for row in rows[1:]] == ["0.0", "1.5", "3.0"]
+    assert counts == [(20, 20)] * 6 and temperatures == [1.0] * 3
     assert Image.open(tmp_path / "out" / "sweep.png").width == 4 * 300
     with np.load(tmp_path / "out" / "sweep" / "cfg_1.5.npz") as file:
         assert file["arr_0"].shape == (20, 32, 32, 3)
+
+
+@pytest.mark.parametrize("args", [{"data": "/pictures"}, {"data": "shapes", "codes": "/codes"}, {}])
+def test_a_sweep_of_a_model_that_names_no_known_data_set_asks_for_the_real_pictures(models, args):
+    with pytest.raises(InputError, match="give REF"):
+        main(get_args(["--sweep", "1", *models(**args)]))
+
+
+def test_a_sweep_takes_its_data_set_from_the_checkpoint_unless_one_is_given(models, monkeypatch):
+    asked = []
+
+    def note(args, device, *rest):
+        asked.append(args.ref)
+        raise InputError("enough")
+    monkeypatch.setattr(fid, "Judged", note)
+    monkeypatch.setattr(fid, "draw", lambda *args: None)
+    for ref in ([], ["cifar10"]):
+        with pytest.raises(InputError, match="enough"):
+            main(get_args([*ref, "--sweep", "1", *models(data="mnist")]))
+    assert asked == ["mnist", "cifar10"]
+
+
+def test_under_torchrun_only_the_first_process_measures_and_writes(tmp_path, models, monkeypatch, capsys):
+    flags = ["--sweep", "1", "2", "--num-samples", "5", *models(data="shapes")]
+    drawn = []
+    monkeypatch.setattr(fid, "draw", lambda args, path, *rest: drawn.append(path))       # and no file is there
+    monkeypatch.setattr(fid, "rank_and_world", lambda: (1, 2))
+    main(get_args(flags))
+    assert len(drawn) == 2 and not (tmp_path / "out" / "sweep.csv").exists()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("text, args", [(False, {"data": "shapes"}), (True, {"data": "/pictures"}), (True, {})])
+def test_alignment_refuses_a_model_that_was_not_trained_on_captions_of_shapes(models, text, args):
+    with pytest.raises(InputError, match="captions of shapes"):
+        main(get_args(["--alignment", "2", *models(text, **args)]))
+
+
+def test_alignment_measures_each_group_of_captions_by_its_own_pictures(tmp_path, models, monkeypatch, capsys):
+    asked = []
+
+    def write(args, path, *rest):
+        words = open(rest[1], encoding="utf-8").read().splitlines()
+        pixels = np.arange(len(words), dtype=np.uint8)[:, None, None, None] + np.zeros((1, 8, 8, 3), np.uint8)
+        np.savez(path, arr_0=pixels, prompt=np.array(words))
+
+    def note(images, captions, reader, device):
+        asked.append((images[:, 0, 0, 0].tolist(), captions))
+        return {"Kind": 0.5}
+    monkeypatch.setattr(fid, "draw", write)
+    monkeypatch.setattr(fid, "agreement", note)
+    monkeypatch.setattr(fid, "train_reader", lambda device, side: None)
+    main(get_args(["--alignment", "3", *models(True, data="shapes")]))
+    assert [place for place, _ in asked] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    found = [[fid.parse_caption(caption) for caption in captions] for _, captions in asked]
+    assert [["shapes" in item for item in items] for items in found] == [[two] * 3 for two in (0, 1, 0, 1)]
+    held = [[any(map(shapes.held_out, item.get("shapes", [item]))) for item in items] for items in found]
+    assert held == [[False] * 3] * 2 + [[True] * 3] * 2
+    assert capsys.readouterr().out.splitlines()[3] == ("3 pictures of two shapes, held-out combinations: "
+                                                       "Kind 50.0%")
+
+
+# bounded, remembered, whole
+
+@pytest.mark.parametrize("side", [16, 2048])
+def test_networks_see_few_large_pictures_at_a_time(tmp_path, side):
+    seen, count = [], 3 if side > 1000 else 70
+
+    class Net:
+        def features(self, images):
+            seen.append(len(images))
+            return {"pool": images.float().mean(dim=(2, 3))}
+    images = torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(count, 3, side, side)
+    found = fid.stack_features(Net(), [images], count, "cpu", "x")
+    assert sum(seen) == len(found["pool"]) == count and max(seen) <= pass_size(side, side)
+    np.savez_compressed(tmp_path / "x.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
+    read = [len(batch) for batch in fid.ImageSet(tmp_path / "x.npz").batches(64)]
+    assert sum(read) == count and max(read) <= pass_size(side, side)
+
+
+def test_a_second_comparison_in_one_process_uses_its_own_network_and_the_files_as_they_are_now(
+        tmp_path, capsys, monkeypatch):
+    class Net:
+        def __init__(self, factor):
+            self.factor = factor
+
+        def features(self, images):
+            pool = images.float().mean(dim=(2, 3)) * self.factor
+            return {"pool": pool, "spatial": pool, "logits": pool}
+    monkeypatch.setattr(fid, "load_inception", lambda path, *rest: Net(float(path)))
+    for name, seed in (("a", 0), ("b", 1), ("c", 2)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=pictures(9, seed))
+    flags = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), "--device", "cpu", "--inception"]
+
+    def measured(factor):
+        main(get_args([*flags, factor]))
+        return lines_of(capsys.readouterr().out)["FID"]
+    once = measured("1")
+    assert measured("2") == pytest.approx(4 * once, rel=1e-3)    # twice the features, four times the distance
+    (tmp_path / "c.npz").replace(tmp_path / "a.npz")
+    assert measured("1") != pytest.approx(once, rel=1e-3)
+
+
+def test_saved_statistics_get_exactly_the_name_given_and_are_never_half_written(tmp_path, monkeypatch):
+    mu, sigma = gaussian(6)
+    np.savez(tmp_path / "a.npz", mu=mu, sigma=sigma)
+    flags = [str(tmp_path / "a.npz"), "--device", "cpu", "--save-stats"]
+    main(get_args([*flags, str(tmp_path / "stats")]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "stats"]
+    before = (tmp_path / "stats").read_bytes()
+
+    def killed(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(np, "savez", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(get_args([*flags, str(tmp_path / "stats")]))
+    assert (tmp_path / "stats").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "stats"]
+
+
+def test_a_damaged_file_of_the_cache_is_made_again(tmp_path, monkeypatch, capsys):
+    class Net(torch.nn.Linear):
+        def features(self, images):
+            pool = images.float().mean(dim=(2, 3))
+            return {"pool": pool, "spatial": pool, "logits": pool}
+    net = Net(2, 2)
+    np.savez(tmp_path / "a.npz", arr_0=pictures(9, 0))
+    args = get_args([str(tmp_path / "a.npz"), "x", "--cache"])
+    first = fid.ImageSet(tmp_path / "a.npz").features(net, "cpu", args)
+    kept, = tmp_path.glob("*.features.npz")
+    for damage in (b"", kept.read_bytes()[:300]):
+        kept.write_bytes(damage)
+        again = fid.ImageSet(tmp_path / "a.npz").features(net, "cpu", args)
+        assert all(torch.equal(again[name], first[name]) for name in first)
+        assert "made again" in capsys.readouterr().err
+    monkeypatch.setattr(fid, "stack_features", None)             # now whole again: nothing is computed
+    assert torch.equal(fid.ImageSet(tmp_path / "a.npz").features(net, "cpu", args)["pool"], first["pool"])
+
+
+@pytest.mark.parametrize("count", [1, 10, 30])
+def test_a_judge_learns_from_however_few_pictures(tmp_path, monkeypatch, capsys, count):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    torch.manual_seed(0)
+    untrained = fid.Classifier(10)
+    train = lambda: fid.train_judge(lambda: fid.Classifier(10), images, torch.arange(count) % 10, "cpu", 3)
+    net = train()
+    assert not torch.equal(net.head.weight, untrained.head.weight)
+    kept, = (tmp_path / "cache" / "classifier").iterdir()
+    kept.write_bytes(b"damaged")
+    again = train()
+    assert torch.equal(net.head.weight, again.head.weight) and "made again" in capsys.readouterr().err
 
 
 # agreement with captions
@@ -377,10 +586,9 @@ def test_agreement_counts_what_was_read_and_tells_order_from_presence(monkeypatc
                           for answer, words in zip(row, reader.HEADS.values())]) for row in answers]
     assert reader.answers(fid.parse_caption(captions[2])) == reader.answers(fid.parse_caption(captions[3]))
     monkeypatch.setattr(reader, "features", lambda images: {"logits": torch.stack(one_hot)})
-    monkeypatch.setattr(fid, "train_reader", lambda device, side: reader)
-    shares = fid.agreement(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), captions, "cpu")
+    shares = fid.agreement(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), captions, reader, "cpu")
     assert shares == pytest.approx({"Kind": 1, "Colour": 7 / 8, "Background": 4 / 5, "Size": 1 / 2,
-                                    "Order": 2 / 3})
+                                    "Order": 2 / 3, "Everything": 3 / 5})
 
 
 def test_the_reader_learns_from_its_answers():
