@@ -381,7 +381,7 @@ def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32, checkpoin
     checkpoint = checkpoint or read_checkpoint(path, mmap=True)
     weights = {name: w for name, w in checkpoint["model"].items() if name != "freqs_cis"}  # an old RoPE table
     if "tok_embeddings.weight" not in weights:
-        raise InputError(f"{path} is not a GPT checkpoint: it has no token embedding (tok_embeddings.weight)")
+        raise InputError(f"{path} is not a GPT checkpoint: it has no tok_embeddings.weight")
     if "config" not in checkpoint:
         config = infer_gpt_config(weights, image_size or 256, path)
     else:
@@ -401,5 +401,4 @@ if __name__ == "__main__":
     print(f"condition  {tuple(gpt.cls_embedding(cond).shape)}, classes {cond.tolist()}; 10 is the null class")
     print(f"RoPE       {tuple(gpt.rope.shape)}, the first {config.cls_token_num} row(s) zero")
     print(f"logits     {tuple(logits.shape)}")
-    print(f"loss       {loss:.4f} nats per token; ln 512 = {math.log(512):.4f}, all tokens are alike at the "
-          f"start")
+    print(f"loss       {loss:.4f} nats per token; ln 512 = {math.log(512):.4f}: all are alike at first")

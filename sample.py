@@ -248,8 +248,7 @@ def sample_all(models, conditions, rows, images, args, device, array=None):
 
 
 def sample_grid(models, conditions, chosen, per_class, side, args, device):
-    """Write --out: a row of pictures per class or prompt, or, with one picture each, rows of four with
-    titles."""
+    """Write --out: a row of pictures per class or prompt, or with one each, rows of four with titles."""
     rows = np.repeat(chosen, per_class)
     images = np.empty((len(rows), side, side, 3), np.uint8)
     sample_all(models, conditions, rows, images, args, device)
@@ -263,7 +262,10 @@ def sample_grid(models, conditions, chosen, per_class, side, args, device):
 def sample_npz(models, conditions, rows, side, args, device):
     """Write --npz, the evaluators' format: arr_0 uint8 (M, H, W, 3), and label int64 (M,) or, for text, the
     strings prompt (M,). Under torchrun each process draws its share of the batches; interrupted, the same
-    command goes on where it was."""
+    command goes on where it was.
+
+    The pictures grow in a file of their own, so that 50,000 need no memory; the last step packs them.
+    """
     path, words = Path(args.npz), [conditions.names[i] for i in rows]
     # The key of unfinished work: the models' files and every flag that changes a picture.
     files = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in (args.gpt, args.vq)]

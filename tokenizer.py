@@ -322,8 +322,7 @@ def load_tokenizer(path, device="cpu"):
     checkpoint = read_checkpoint(path, mmap=True)
     weights = {name: w for name, w in checkpoint["model"].items() if name != "quantize.codebook_used"}
     if "quantize.embedding.weight" not in weights:
-        raise InputError(f"{path} is not a tokenizer checkpoint: it has no codebook "
-                         f"(quantize.embedding.weight)")
+        raise InputError(f"{path} is not a tokenizer checkpoint: it has no quantize.embedding.weight")
     config = VQConfig(**checkpoint["config"]) if "config" in checkpoint else infer_vq_config(weights, path)
     vq = build(VQModel, config, weights, path, device, torch.float32)
     return vq.to(memory_format=torch.channels_last)              # faster convolutions, on CPUs too
@@ -417,8 +416,7 @@ if __name__ == "__main__":
     images = torch.rand(4, 3, 32, 32) * 2 - 1
     reconstructions, tokens, losses = vq(images)
     print(f"VQ-tiny           {sum(p.numel() for p in vq.parameters()):,} parameters")
-    print(f"images            {tuple(images.shape)}")
-    print(f"latents           {tuple(vq.encode(images).shape)}")
+    print(f"images            {tuple(images.shape)}, latents {tuple(vq.encode(images).shape)}")
     print(f"tokens            {tuple(tokens.shape)}, the first eight: {tokens[0, :8].tolist()}")
     print(f"reconstructions   {tuple(reconstructions.shape)}")
     print("losses            " + ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))

@@ -60,11 +60,11 @@ def prepare_codes(args, vq, vq_hash, device):
     return folders
 
 
-def prepare_captions(args, folders, start, saved, device):
+def prepare_captions(args, folders, base, saved, device):
     """The Captions of the training and of the held-out pictures, and the text encoder that is still to run in
-    every step: None if its features are cached. start: the checkpoint --init; saved: the text encoder of a
+    every step: None if its features are cached. base: the checkpoint --init; saved: the text encoder of a
     checkpoint to go on from, or None."""
-    null = start.get("model", {}).get("cls_embedding.uncond_embedding")          # (L, E) of --init, or None
+    null = base.get("model", {}).get("cls_embedding.uncond_embedding")          # (L, E) of --init, or None
     length = args.text_length or (len(null) if null is not None else None)
     train, test = (read_captions(folder) for folder in folders)
     if args.text_encoder != "tiny":
@@ -162,12 +162,12 @@ def quick_start(gpt, codes):
             nn.init.zeros_(linear.weight)
 
 
-def prepare_model(args, own, vq, start, device):
-    """A new GPT of --size, or one with the weights of --init (`start`, its checkpoint) on a grid of its own.
+def prepare_model(args, own, vq, base, device):
+    """A new GPT of --size, or one with the weights of --init (`base`, its checkpoint) on a grid of its own.
     own: what the data decide of its configuration."""
     config, weights = GPTConfig(**GPT_SIZES[args.size]), None
     if args.init:
-        first = load_gpt(args.init, checkpoint=start)
+        first = load_gpt(args.init, checkpoint=base)
         config, weights = first.config, first.state_dict()
     config = replace(config, **own, token_dropout=args.dropout, resid_dropout=args.dropout,
                      ffn_dropout=args.dropout, class_dropout=args.class_dropout, drop_path=args.drop_path)
@@ -239,8 +239,8 @@ def main(args):
     torch.manual_seed(args.seed)
     vq = load_tokenizer(args.vq, device)
     vq_hash = weights_hash(vq)
-    start = read_checkpoint(args.init, mmap=True) if args.init else {}
-    for path, checkpoint in ((args.init, start), (args.out, state or {})):
+    base = read_checkpoint(args.init, mmap=True) if args.init else {}
+    for path, checkpoint in ((args.init, base), (args.out, state or {})):
         if checkpoint.get("vq_hash", vq_hash) != vq_hash:
             raise InputError(f"{path} and {args.vq} do not belong together: the GPT was trained on the "
                              "tokens of another tokenizer")
@@ -254,13 +254,12 @@ def main(args):
     if args.cond == "class":
         train, test, text = Classes(names, labels), Classes(names, test_labels), None
     else:
-        saved = (state or start).get("text_encoder")
-        train, test, text = prepare_captions(args, folders, start, saved, device)
+        saved = (state or base).get("text_encoder")
+        train, test, text = prepare_captions(args, folders, base, saved, device)
         own |= dict(model_type="t2i", cls_token_num=train.ids.shape[1], caption_dim=train.width)
-    gpt = prepare_model(args, own, vq, start, device)
+    gpt = prepare_model(args, own, vq, base, device)
     if state and state["config"] != asdict(gpt.config):
         raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
-
     learns = text is not None and args.text_encoder == "tiny"    # the text encoder, together with the GPT
     nets = nn.ModuleDict({"gpt": gpt, "text": text} if learns else {"gpt": gpt})
     best = copy.deepcopy(nets).requires_grad_(False) if args.ema else nets       # what is saved, and draws
@@ -274,8 +273,7 @@ def main(args):
         optimizer.load_state_dict(state.pop("optimizer"))
     batch_size = min(args.batch_size, len(kept))
     tokens_per_step = batch_size * args.grad_accum * N
-    what = (f"{len(names)} classes" if args.cond == "class" else
-            f"{len(train.names):,} different captions of at most {train.ids.shape[1]} tokens")
+    what = f"{len(train.names):,} " + ("classes" if args.cond == "class" else "different captions")
     print(f"GPT {args.init or args.size}: {sum(p.numel() for p in nets.parameters()):,} parameters on "
           f"{device}; {len(kept):,} pictures of {N} tokens, {what}; {tokens_per_step:,} tokens per step")
     forward = torch.compile(gpt) if args.compile else gpt
@@ -297,9 +295,9 @@ def main(args):
 
     # 4. The loop
     with Progress(args, device, state) as progress:
-        del state, start
-        batches = code_batches(codes, kept, train, batch_size, args.seed,
-                               progress.step * args.grad_accum, device)
+        del state, base
+        seen = progress.step * args.grad_accum                   # batches
+        batches = code_batches(codes, kept, train, batch_size, args.seed, seen, device)
         while progress.running():
             lr = learning_rate(args.lr, progress.step, progress.fraction(), args.warmup, args.lr_final)
             for group in optimizer.param_groups:
@@ -340,9 +338,9 @@ def main(args):
     nats = look(count=len(test_kept))
     bits = nats / math.log(2) * N / about["data"]["size"] ** 2
     progress.log(validation_loss=nats, bits_per_pixel=bits)
+    V = gpt.config.vocab_size
     print(f"{progress.step} steps in {minutes:.1f} minutes; over {len(test_kept):,} held-out pictures: "
-          f"{nats:.4f} nats per token, {bits:.4f} bits per pixel (ln {gpt.config.vocab_size} = "
-          f"{math.log(gpt.config.vocab_size):.2f})")
+          f"{nats:.4f} nats per token, {bits:.4f} bits per pixel (ln {V} = {math.log(V):.2f})")
     print(f"wrote {args.out} and {preview}")
 
 

@@ -207,8 +207,8 @@ def get_args(argv=None):
 
 def prepare_model(args, state, device):
     """A new VQModel of --size, or one with the weights of --init; the name of what it is."""
-    start = load_tokenizer(args.init) if args.init else None
-    config, name = start.config if start else VQConfig(**VQ_SIZES[args.size]), args.init or args.size
+    base = load_tokenizer(args.init) if args.init else None
+    config, name = base.config if base else VQConfig(**VQ_SIZES[args.size]), args.init or args.size
     config = replace(config, codebook_size=args.codebook_size or config.codebook_size,
                      commitment_weight=args.commitment_weight, entropy_weight=args.entropy_weight)
     if config.codebook_size > 65536:
@@ -221,8 +221,8 @@ def prepare_model(args, state, device):
     if state and state["config"] != asdict(config):
         raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
     vq = VQModel(config)
-    if start:
-        fill_weights(vq, start.state_dict(), args.init)
+    if base:
+        fill_weights(vq, base.state_dict(), args.init)
     return vq.to(device), name
 
 
