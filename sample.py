@@ -101,8 +101,7 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
     caches = gpt.new_caches(len(cond))
     places = torch.arange(L + N, device=cond.device)
 
-    given = tokens[:, :P]
-    logits = gpt.prefill(twice(given) if guided else given, cond, mask, caches)          # (R, V)
+    logits = gpt.prefill(twice(tokens[:, :P]) if guided else tokens[:, :P], cond, mask, caches)      # (R, V)
     for i in range(P, N):                                        # logits are those of token i
         if guided:
             conditional, unconditional = logits.chunk(2)

@@ -23,8 +23,8 @@ import torch.nn as nn
 from data import (batch_indices, check_tokenizer, code_key, extract_codes, image_grid, load_data, read_about,
                   read_captions, read_codes, spread, to_device)
 from model import GPT, GPT_SIZES, GPTConfig, load_gpt
-from runs import (InputError, Progress, add_training_flags, counting, fill_weights, finite, flag_parser,
-                  learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
+from runs import (InputError, Progress, add_training_flags, counting, fast_dtype, fill_weights, finite,
+                  flag_parser, learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
                   read_checkpoint, resume_state, run, share, update_ema, weights_hash)
 from sample import SETTINGS, generate
 from text import (Captions, Classes, pretrained_text_encoder, saved_text_encoder, tiny_text_encoder,
@@ -273,9 +273,9 @@ def main(args):
         optimizer.load_state_dict(state.pop("optimizer"))
     batch_size = min(args.batch_size, len(kept))
     tokens_per_step = batch_size * args.grad_accum * N
-    what = f"{len(train.names):,} " + ("classes" if args.cond == "class" else "different captions")
     print(f"GPT {args.init or args.size}: {sum(p.numel() for p in nets.parameters()):,} parameters on "
-          f"{device}; {len(kept):,} pictures of {N} tokens, {what}; {tokens_per_step:,} tokens per step")
+          f"{device}, products in {str(fast_dtype(device))[6:]}; {len(kept):,} pictures of {N} tokens, "
+          f"{len(train.names):,} different conditions; {tokens_per_step:,} tokens per step")
     forward = torch.compile(gpt) if args.compile else gpt
     preview = Path(args.out).with_suffix(".png")
 

@@ -17,8 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import find_file, image_grid, load_data, spread
-from runs import (InputError, Progress, add_training_flags, counting, fill_weights, finite, flag_parser,
-                  learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
+from runs import (InputError, Progress, add_training_flags, counting, fast_dtype, fill_weights, finite,
+                  flag_parser, learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
                   read_checkpoint, resume_state, run, share, update_ema)
 from tokenizer import (VQ_SIZES, VQConfig, VQModel, evaluate, load_tokenizer, to_float, to_pictures, to_uint8,
                        tokenize_in_passes)
@@ -266,9 +266,9 @@ def main(args):
             part.load_state_dict(state.pop(key))
         since_restart += state.pop("since_restart").to(device)
     N = (args.image_size // config.downsample) ** 2
-    print(f"{name}: {sum(p.numel() for p in vq.parameters()):,} parameters on {device}; "
-          f"{len(train):,} pictures of {args.image_size}x{args.image_size} pixels -> {N} tokens out of "
-          f"{config.codebook_size:,}")
+    print(f"{name}: {sum(p.numel() for p in vq.parameters()):,} parameters on {device}, matrix products in "
+          f"{str(fast_dtype(device))[6:]}; {len(train):,} pictures of {args.image_size}x{args.image_size} "
+          f"pixels -> {N} tokens out of {config.codebook_size:,}")
     forward = torch.compile(vq) if args.compile else vq
     preview = Path(args.out).with_suffix(".png")
 
