@@ -93,7 +93,7 @@ def add_training_flags(parser, out, minutes):
     add("--data", default="shapes", help="shapes, fashion_mnist, mnist, cifar10; a folder, .jsonl or .tar")
     add("--data-dir", help="where to look for the data set's files first")
     add("--limit", type=counting, help="use only so many pictures of each split")
-    add("--cond", default="class", choices=("class", "text"), help="what pictures come with: class or caption")
+    add("--cond", default="class", choices=("class", "text"), help="what a picture has: class or caption")
     add("--out", default=out, help="the checkpoint; its log and preview are written beside it")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     group = parser.add_argument_group("how long and where")
