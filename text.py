@@ -2,8 +2,7 @@
 
     caption --clean--> text --unigram segmentation--> ids (B, L) --T5Encoder--> features (B, L, E)
 
-Shapes: B captions, L tokens of a caption, D model width, H heads, d channels of a head, F hidden width;
-        for the GPT that reads the features D is called E.
+Shapes: B captions, L tokens of a caption, D width (for the GPT: E), H heads, d channels of a head.
 Paper:  T5 (Raffel 2020), FLAN-T5 (Chung 2022); unigram segmentation: SentencePiece (Kudo 2018).
 Run:    python text.py               # the shapes of one pass through a tiny encoder
 """
@@ -12,10 +11,10 @@ import html
 import json
 import math
 import re
-import unicodedata
 import urllib.parse
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
@@ -55,9 +54,9 @@ TINY_T5 = dict(d_model=192, d_kv=48, d_ff=512, num_layers=1, num_heads=4)    # t
 def relative_buckets(L, config, device=None):
     """Which entry of the position bias a query (row) uses for a key (column): (L, L) int64.
 
-    Half of the 32 buckets are for keys after the query. Of a side's 16, the first 8 count single steps,
-    because the order of neighbours decides what a phrase means. Farther off, "about how far" is enough: the
-    other 8 grow with the logarithm of the distance n, and from max_distance = 128 on all share the last one.
+    Half of the 32 are for keys after the query. Of a side's 16, the first 8 count single steps, as the order
+    of neighbours decides what a phrase means. Farther off, "about how far" is enough: the other 8 grow with
+    the logarithm of the distance n, up to max_distance = 128.
     """
     half = config.relative_attention_num_buckets // 2            # buckets of one side
     exact = half // 2
@@ -72,57 +71,39 @@ def relative_buckets(L, config, device=None):
 
 
 class T5Attention(nn.Module):
-    """Self-attention over the whole caption. Scores are not divided by sqrt(d); q starts smaller instead."""
-
-    def __init__(self, config, with_bias):
-        super().__init__()
-        width = config.num_heads * config.d_kv
-        self.d_kv = config.d_kv
-        self.q = nn.Linear(config.d_model, width, bias=False)
-        self.k = nn.Linear(config.d_model, width, bias=False)
-        self.v = nn.Linear(config.d_model, width, bias=False)
-        self.o = nn.Linear(width, config.d_model, bias=False)
-        if with_bias:
-            buckets = config.relative_attention_num_buckets
-            self.relative_attention_bias = nn.Embedding(buckets, config.num_heads)
-
-    def forward(self, x, bias):                                  # x  (B, L, D)   bias (B, H, L, L)
-        # softmax(q k^T + bias) v
-        heads = lambda t: t.unflatten(2, (-1, self.d_kv)).transpose(1, 2)      # (B, L, H d) -> (B, H, L, d)
-        y = F.scaled_dot_product_attention(heads(self.q(x)), heads(self.k(x)), heads(self.v(x)),
-                                           attn_mask=bias, scale=1.0)
-        return self.o(y.transpose(1, 2).flatten(2))
-
-
-class T5FeedForward(nn.Module):
-    """Gated GELU, in its tanh approximation: wo(gelu(wi_0 x) * wi_1 x)."""
+    """Self-attention over the caption: softmax(q k^T + bias) v. No division by sqrt(d); q starts smaller."""
 
     def __init__(self, config):
         super().__init__()
-        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.d_kv, width = config.d_kv, config.num_heads * config.d_kv
+        self.q, self.k, self.v = (nn.Linear(config.d_model, width, bias=False) for _ in range(3))
+        self.o = nn.Linear(width, config.d_model, bias=False)
 
-    def forward(self, x):
-        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+    def forward(self, x, bias):                                  # x  (B, L, D)   bias (B, H, L, L)
+        q, k, v = (part(x).unflatten(2, (-1, self.d_kv)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)      # y  (B, H, L, d)
+        return self.o(y.transpose(1, 2).flatten(2))
 
 
 class T5Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)). Nested like the names in the public files, so
-    that those load with no table of names."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)). Nested as the names in the public files are."""
 
-    def __init__(self, config, with_bias):
+    def __init__(self, config):
         super().__init__()
-        self.layer = nn.ModuleList([nn.Module(), nn.Module()])
-        self.layer[0].SelfAttention = T5Attention(config, with_bias)
-        self.layer[0].layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-        self.layer[1].DenseReluDense = T5FeedForward(config)
-        self.layer[1].layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        norm = lambda: RMSNorm(config.d_model, config.layer_norm_epsilon)
+        linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
+        D, hidden = config.d_model, config.d_ff
+        gated = {"wi_0": linear(D, hidden), "wi_1": linear(D, hidden), "wo": linear(hidden, D)}
+        self.layer = nn.ModuleList([
+            nn.ModuleDict({"SelfAttention": T5Attention(config), "layer_norm": norm()}),
+            nn.ModuleDict({"DenseReluDense": nn.ModuleDict(gated), "layer_norm": norm()})])
 
     def forward(self, x, bias):
         first, second = self.layer
         x = x + first.SelfAttention(first.layer_norm(x), bias)
-        return x + second.DenseReluDense(second.layer_norm(x))
+        # Gated GELU, in its tanh approximation: wo(gelu(wi_0 y) * wi_1 y)
+        y, gated = second.layer_norm(x), second.DenseReluDense
+        return x + gated.wo(F.gelu(gated.wi_0(y), approximate="tanh") * gated.wi_1(y))
 
 
 class T5Encoder(nn.Module):
@@ -134,13 +115,13 @@ class T5Encoder(nn.Module):
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = nn.Module()
         self.encoder.embed_tokens = self.shared                  # two names for one table, as in the files
-        self.encoder.block = nn.ModuleList(T5Block(config, with_bias=i == 0)    # one bias serves all layers
-                                           for i in range(config.num_layers))
+        self.encoder.block = nn.ModuleList(T5Block(config) for _ in range(config.num_layers))
+        bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)     # one for all layers
+        self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias = bias
         self.encoder.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
-        # With q_i and k_i of about 1, a score q.k, a sum of d products, has a standard deviation of sqrt(d),
-        # and the softmax sees little but one key. T5 divides not every score but the first weights of q by
-        # sqrt(d): the same at the start, one operation less, and training may change it.
+        # With q_i and k_i of about 1, a score q.k has a standard deviation of sqrt(d), and the softmax sees
+        # little but one key. T5 divides not every score but the first weights of q: training may change it.
         for name, weight in self.named_parameters():
             if weight.dim() == 2 and name != "shared.weight":
                 scale = config.d_kv ** -0.5 if name.endswith("SelfAttention.q.weight") else 1
@@ -148,13 +129,11 @@ class T5Encoder(nn.Module):
 
     def forward(self, ids, mask=None):
         """ids (B, L) -> features (B, L, D). mask (B, L), nonzero = valid; at padding they mean nothing."""
-        L = ids.shape[1]
         x = self.shared(ids)                                     # x  (B, L, D)
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        bias = table(relative_buckets(L, self.config, ids.device)).permute(2, 0, 1)[None]       # (1, H, L, L)
+        bias = table(relative_buckets(ids.shape[1], self.config, ids.device)).permute(2, 0, 1)   # (H, L, L)
         if mask is not None:
-            # The lowest number instead of -inf: where a row has nothing but -inf, as that of a caption
-            # without any token, the softmax is 0 / 0.
+            # Not -inf: where a row has nothing else, as in a caption without any token, softmax is 0 / 0.
             hidden = torch.where(mask == 0, torch.finfo(bias.dtype).min, 0).to(bias.dtype)      # (B, L)
             bias = bias + hidden[:, None, None]                                          # (B, H, L, L)
         for block in self.encoder.block:
@@ -166,21 +145,18 @@ class T5Encoder(nn.Module):
 # Loading the public files (Hugging Face's layout)
 
 def load_t5(folder, device="cpu", dtype=torch.float32):
-    """A T5Encoder in eval mode from a folder with config.json and pytorch_model.bin, its shards with their
-    index, or .safetensors. Decoder weights are ignored."""
+    """A T5Encoder in eval mode from config.json and weights, .bin or .safetensors; the decoder is ignored."""
     folder = Path(folder)
     cure = "--text-encoder wants a folder such as flan-t5-xl, with its config, weights and spiece.model"
     with explained(f"{folder} has no readable config.json", cure):
-        settings = dict(json.loads((folder / "config.json").read_text()))
-        given = [field for field in fields(T5Config) if field.name in settings]
-        config = T5Config(**{field.name: field.type(settings[field.name]) for field in given})
+        given = dict(json.loads((folder / "config.json").read_text()))
+        config = T5Config(**{f.name: f.type(given[f.name]) for f in fields(T5Config) if f.name in given})
     # T5 v1.0 has the same names but a ReLU without a gate; files that say nothing are of that kind.
-    kind, activation = settings.get("model_type", "t5"), settings.get("feed_forward_proj", "relu")
+    kind, activation = given.get("model_type", "t5"), given.get("feed_forward_proj", "relu")
     if (kind, activation) != ("t5", "gated-gelu"):
         raise InputError(f"{folder} is not T5 v1.1 or FLAN-T5 (model_type {kind}, feed_forward_proj "
                          f"{activation}): pass a folder such as flan-t5-xl")
-    weights = read_weights(folder)
-    weights = {name: weights[name] for name in weights if name.startswith(("shared.", "encoder."))}
+    weights = {name: w for name, w in read_weights(folder).items() if re.match(r"(shared|encoder)\.", name)}
     table = weights.get("shared.weight", weights.get("encoder.embed_tokens.weight"))
     if table is None:
         raise InputError(f"{folder} holds no T5 encoder: shared.weight is missing")
@@ -189,8 +165,7 @@ def load_t5(folder, device="cpu", dtype=torch.float32):
 
 
 def read_weights(folder):
-    """All tensors of a folder, memory-mapped: of one file, or of all files that an index names. An index
-    whose files were never fetched does not count."""
+    """All tensors of one file, or of all that an index names; one with files never fetched does not count."""
     lacking = []
     for name, read in (("pytorch_model.bin", lambda path: read_checkpoint(path, mmap=True)["model"]),
                        ("model.safetensors", read_safetensors)):
@@ -231,55 +206,45 @@ def protobuf_fields(data):
 
     while (key := varint()) is not None:
         field, kind = divmod(key, 8)
-        if kind == 0:
-            yield field, varint()
-        else:
-            yield field, bytes(islice(stream, varint() if kind == 2 else {1: 8, 5: 4}[kind]))
+        number = varint() if kind in (0, 2) else {1: 8, 5: 4}[kind]      # the value itself, or its bytes
+        yield field, bytes(islice(stream, number)) if kind else number
 
 
 class CharacterMap:
     """SentencePiece's normalisation: replaces byte sequences by others, the longest match first.
 
-    The map is a trie, the tree whose path from the root spells a sequence, kept in one array. The child of a
-    node for byte b is at node ^ offset ^ b: nothing to search. Children of other nodes lie in the gaps, so it
-    is this node's child only if its label is b. Of a unit, bits 0-7 and 31 are the label, bit 8 says that a
-    sequence ends here, and bits 9-30 hold the offset. Where byte 0 would lead, an ended sequence has its
-    value: the place of its replacement in a list of strings that each end in a zero byte.
+    The map is a trie, a tree whose paths from the root spell the sequences, in one array. The child of a node
+    for byte b is at node ^ offset ^ b, if the label there is b; children of other nodes lie in the gaps. Of a
+    unit, bits 0-7 and 31 are the label, bit 8 says that a sequence ends here, bits 9-30 hold the offset.
+    Where byte 0 would lead is then the place of its replacement in a list of strings that end in a zero byte.
     """
 
     def __init__(self, blob):
         size = int.from_bytes(blob[:4], "little")
         self.units = np.frombuffer(blob[4:4 + size], "<u4").tolist()
-        # Bit 9 marks a large offset, in steps of 256.
-        self.offsets = [(unit >> 10) << ((unit & 512) >> 6) for unit in self.units]
+        self.offsets = [(unit >> 10) << ((unit & 512) >> 6) for unit in self.units]     # bit 9: steps of 256
         self.replacements = blob[4 + size:]
 
-    def longest_match(self, data, start):
-        """The end of the longest match from `start` and its replacement, or None."""
-        node, found = self.offsets[0], None
-        for at in range(start, len(data)):
-            node ^= data[at]
-            if node >= len(self.units) or self.units[node] & 0x800000FF != data[at]:
-                break
-            ends_here = self.units[node] & 256
-            node ^= self.offsets[node]
-            if ends_here:
-                place = self.units[node] & 0x7FFFFFFF
-                found = at + 1, self.replacements[place:self.replacements.index(0, place)]
-        return found
-
     def __call__(self, text):
-        data, out, at = text.encode("utf-8", "replace"), [], 0
-        while at < len(data):
+        data, out, start = text.encode("utf-8", "replace"), [], 0
+        while start < len(data):
             # Without a match one byte stays as it is; no sequence begins inside a character.
-            at, new = self.longest_match(data, at) or (at + 1, data[at:at + 1])
+            node, end, new = self.offsets[0], start + 1, data[start:start + 1]
+            for at in range(start, len(data)):
+                node ^= data[at]
+                if node >= len(self.units) or (unit := self.units[node]) & 0x800000FF != data[at]:
+                    break
+                node ^= self.offsets[node]
+                if unit & 256:                                   # a sequence ends here
+                    place = self.units[node] & 0x7FFFFFFF
+                    end, new = at + 1, self.replacements[place:self.replacements.index(0, place)]
             out.append(new)
+            start = end
         return b"".join(out).decode("utf-8", "replace")
 
 
 class T5Tokenizer:
     """Text to ids, by spiece.model or tokenizer.json; without cleaning, cutting or padding."""
-    SPACE, END = "\u2581", 1
 
     def __init__(self, path):
         with explained(f"{path} is not a readable spiece.model or tokenizer.json of T5", "fetch it again"):
@@ -290,14 +255,13 @@ class T5Tokenizer:
                            if score is not None}
         if len(self.scores) < 2:
             raise InputError(f"{path} holds no unigram vocabulary: fetch it again")
-        self.size = len(pieces)
-        self.longest = max(map(len, self.scores))
-        # Below every piece, so unknown only where no piece fits; 10 is SentencePiece's penalty.
-        self.unknown_score = min(score for score, _ in self.scores.values()) - np.float32(10)
+        self.size, self.longest = len(pieces), max(map(len, self.scores))
+        # One character, so that every end can be reached; SentencePiece's penalty of 10 below all pieces.
+        self.unknown = min(self.scores.values())[0] - np.float32(10), 2
         # The longest first, in parentheses: re.split then gives the markers as parts of their own.
         markers = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
         self.split_markers = re.compile(f"({markers})").split if markers else lambda text: [text]
-        self.words = {}                                          # ids of words met before
+        self.segment = cache(self.segment)                       # the same words come again and again
 
     @staticmethod
     def read_protobuf(data):
@@ -332,32 +296,26 @@ class T5Tokenizer:
                 ids.append(self.special[part])
                 continue
             # Plain ASCII maps to itself, but for control characters.
-            if not (part.isascii() and part.isprintable()):
-                part = self.normalise(part)
-            for word in filter(None, part.split(" ")):           # runs of blanks count as one
-                if word not in self.words:
-                    self.words[word] = self.segment(self.SPACE + word)
-                ids += self.words[word]
-        return ids + [self.END]
+            plain = part if part.isascii() and part.isprintable() else self.normalise(part)
+            for word in filter(None, plain.split(" ")):          # no piece of T5 has a blank inside
+                ids += self.segment("\u2581" + word)
+        return ids + [1]
 
     def segment(self, word):
         """The pieces of one word with the largest sum of scores, as ids: the likeliest way to cut it, as the
         score of a piece is the logarithm of its probability.
 
-        Viterbi's algorithm, since a word of n characters can be cut in 2^(n-1) ways: the best way to reach
-        `end` is the best way to some `start` and one piece more, so going through all pairs once is enough:
+        Viterbi's algorithm: a word of n characters can be cut in 2^(n-1) ways, but the best way to reach
+        `end` is the best way to some `start` and one piece more:
 
             best(end) = max over start of  best(start) + score(word[start:end])
 
-        No piece of T5 has a blank inside, so words do not influence each other. Sums are in float32 and the
-        first of two equal ways stays, as in SentencePiece.
+        Sums are in float32 and the first of two equal ways stays, as in SentencePiece.
         """
         best = [(np.float32(0), 0, None)] + [None] * len(word)   # per end: score, start of last piece, its id
         for start in range(len(word)):
             for end in range(start + 1, min(len(word), start + self.longest) + 1):
-                piece = self.scores.get(word[start:end])
-                if piece is None and end == start + 1:           # so that every end can be reached
-                    piece = (self.unknown_score, 2)
+                piece = self.scores.get(word[start:end], self.unknown if end == start + 1 else None)
                 if piece and (best[end] is None or best[start][0] + piece[0] > best[end][0]):
                     best[end] = (best[start][0] + piece[0], start, piece[1])
         # From the end of the word back to its beginning, along the remembered starts.
@@ -372,44 +330,6 @@ class T5Tokenizer:
 # ------------------------------------------------------------------------------------------------------------
 # The cleaning that captions went through before the released models saw them
 
-# The order is that of the released models' code: each step expects what the steps before it have left.
-# First what HTML's parser and the signs would tear apart: addresses.
-ADDRESSES = (
-    (r"<person>", "person"),
-    (r"(https?:|www\.)\S+", ""),
-    (r"\b[\w.-]+\.(com|co|ru|net|org|edu|gov|it)\b[\w/-]*", ""),
-)
-# Then names, numbers and signs that no picture shows.
-SIGNS = (
-    ("@\\w+|[\u31c0-\u4dff\u4e00-\u9fff]", ""),                 # names of people; Chinese characters
-    ("[\"`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
-    ("[\u2018\u2019]", "'"),
-    (r"&(quot|amp);?", ""),
-    (r"\\n", " "),                                              # a line break that was spelled out
-    (r"\b\d{1,3}(\.\d{1,3}){3}\b", " "),                        # internet addresses
-    (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),                  # numbers of articles
-    (r"\S+\.(png|jpe?g|bmp|webp|eps|pdf|apk|mp4)", ""),          # names of files
-    (r"[\"']{2,}", '"'),
-    (r"\.{2,}", " "),
-    ("[#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~()\\[\\]{}|\\\\/*]+", " "),
-    (r"\s\.\s", " "),
-)
-# Last what shops write around their pictures, and what all this has left at both ends.
-ADVERTS = (
-    (r"\b[a-z]{1,3}\d{3,15}\b|\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b", ""),     # codes such as jc6640
-    (r"(worldwide\s+)?(free\s+)?shipping|(free\s)?download(\sfree)?|\bclick\b\s(for|on)\s\w+", ""),
-    (r"\b(png|jpe?g|bmp|webp|eps|pdf|apk|mp4)(\simages?)?", ""),
-    (r"\b\d*[a-z]+\d+[a-z]+\d+[a-z\d]*\b", " "),                  # longer codes, j2d1a2a
-    (r"\bpage\s+\d+\b|\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b", " "),     # pages; 8.5 by 11
-    (r"\s:\s", ": "),
-    (r"(\D[,./])\b", r"\1 "),
-    (r"\s+", " "),
-    (r"^\s+|\s+$", ""),
-    (r"""^["'](.+)["']$""", r"\1"),
-    (r"^['_,:;-]|['_,:+-]$|^\.\S+$", ""),
-)
-
-
 def without_tags(text):
     """What stands between the tags, entities such as &nbsp; resolved."""
     found, parser = [], HTMLParser()
@@ -422,27 +342,55 @@ def without_tags(text):
     return "".join(found)
 
 
-def replaced(text, table):
-    for pattern, new in table:
-        text = re.sub(pattern, new, text)
-    return text
+# Steps in the order of the released models' code: each expects what the steps before it have left.
+CLEANING = (
+    urllib.parse.unquote_plus, str.strip, str.lower,
+    # First what HTML's parser and the signs would tear apart: addresses.
+    (r"<person>", "person"),
+    (r"(https?:|www\.)\S+", ""),
+    (r"\b[\w.-]+\.(com|co|ru|net|org|edu|gov|it)\b[\w/-]*", ""),
+    without_tags,
+    # Then names, numbers and signs that no picture shows.
+    (r"[-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u2e5d\u301c\u3030\u30a0"
+     r"\ufe31\ufe32\ufe58\ufe63\uff0d\U00010ead]+", "-"),        # every dash that Unicode has
+    ("@\\w+|[\u31c0-\u4dff\u4e00-\u9fff]", ""),                 # names of people; Chinese characters
+    ("[\"`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
+    ("[\u2018\u2019]", "'"),
+    (r"&(quot|amp);?", ""),
+    (r"\\n", " "),                                              # a line break that was spelled out
+    (r"\b\d{1,3}(\.\d{1,3}){3}\b", " "),                        # internet addresses
+    (r"#\d{1,3}\b|#\d{5,}\b|\b\d{6,}\b", ""),                  # numbers of articles
+    (r"\S+\.(png|jpe?g|bmp|webp|eps|pdf|apk|mp4)", ""),          # names of files
+    (r"[\"']{2,}", '"'),
+    (r"\.{2,}", " "),
+    ("[#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~()\\[\\]{}|\\\\/*]+", " "),
+    (r"\s\.\s", " "),
+    (r"(?s)^([^-_]*[-_]){4}.*", lambda found: re.sub("[-_]", " ", found[0])),      # this-is-a-long-title
+    html.unescape, html.unescape, str.strip,
+    # Last what shops write around their pictures, and what all this has left at both ends.
+    (r"\b[a-z]{1,3}\d{3,15}\b|\b[a-z]+\d+[a-z]+\b|\b\d+[a-z]+\d+\b", ""),     # codes such as jc6640
+    (r"(worldwide\s+)?(free\s+)?shipping|(free\s)?download(\sfree)?|\bclick\b\s(for|on)\s\w+", ""),
+    (r"\b(png|jpe?g|bmp|webp|eps|pdf|apk|mp4)(\simages?)?", ""),
+    (r"\b\d*[a-z]+\d+[a-z]+\d+[a-z\d]*\b", " "),                  # longer codes, j2d1a2a
+    (r"\bpage\s+\d+\b|\b\d+\.?\d*[x\u0445\u00d7]\d+\.?\d*\b", " "),     # pages; 8.5 by 11
+    (r"\s:\s", ": "),
+    (r"(\D[,./])\b", r"\1 "),
+    (r"\s+", " "),
+    (r"^\s+|\s+$", ""),
+    (r"""^["'](.+)["']$""", r"\1"),
+    (r"^['_,:;-]|['_,:+-]$|^\.\S+$", ""),
+    str.strip,
+)
 
 
 def clean_caption(text):
     """A web picture's caption without addresses, tags, file names, product codes, odd signs; in lower case.
 
-    The released text models saw captions cleaned like this, twice over: what was escaped twice, as on many
-    web pages, shows its tags only after the first round. There, ftfy and BeautifulSoup repair encodings and
-    strip tags; here, the standard library does what it can.
+    The released text models saw captions cleaned like this, twice over: what was escaped twice shows its tags
+    only after the first round. There, ftfy and BeautifulSoup repair more than the standard library does here.
     """
-    for _ in range(2):
-        text = without_tags(replaced(urllib.parse.unquote_plus(text).strip().lower(), ADDRESSES))
-        if not text.isascii():                                   # Pd: every dash that Unicode has
-            text = "".join("-" if unicodedata.category(c) == "Pd" else c for c in text)
-        text = replaced(re.sub("-+", "-", text), SIGNS)
-        if len(re.findall("[-_]", text)) > 3:                    # this-is-a-title
-            text = re.sub("[-_]", " ", text)
-        text = replaced(html.unescape(html.unescape(text)).strip(), ADVERTS).strip()
+    for step in CLEANING * 2:
+        text = step(text) if callable(step) else re.sub(*step, text)
     return text
 
 
@@ -450,8 +398,7 @@ def clean_caption(text):
 # From captions to features
 
 class WordTokenizer:
-    """Words to ids, for a small data set: 0 padding, 1 the end, 2 unknown (as in T5), then the words of the
-    training captions, the most frequent first."""
+    """Ids of words: 0 padding, 1 the end, 2 unknown, as in T5; then the words, the most frequent first."""
 
     def __init__(self, words):
         self.words = list(words)
@@ -474,16 +421,14 @@ class TextEncoder(nn.Module):
         self.cut = 0                                             # captions so far that were too long
 
     def tokenize(self, captions):
-        """Captions (a list of B strings) -> ids (B, L) int32. Of one that is too long, the first L - 1 ids
-        and </s> stay. Padded with 0 on the left: the GPT predicts token 0 at the place of the last condition
-        token, so that one has to be valid in every row."""
+        """B captions -> ids (B, L) int32. Of one that is too long, the first L - 1 ids and </s> stay. Padded
+        with 0 on the left: the GPT predicts token 0 where the condition ends, so that place must be valid."""
         ids = np.zeros((len(captions), self.length), np.int32)
         for row, caption in zip(ids, captions):
             found = self.tokenizer.encode(self.clean(caption))
-            if len(found) > self.length:
-                found = found[:self.length - 1] + found[-1:]
-                self.cut += 1
-            row[self.length - len(found):] = found
+            self.cut += len(found) > self.length
+            found = found[:-1][:self.length - 1] + found[-1:]
+            row[-len(found):] = found
         return torch.from_numpy(ids)
 
     def forward(self, ids):                                      # ids       (B, L)
@@ -492,19 +437,17 @@ class TextEncoder(nn.Module):
 
 
 def tiny_text_encoder(captions, max_length=32, max_words=8000):
-    """An untrained TextEncoder for these captions, to be trained together with the GPT. Its L is the length
-    of the longest caption, at most max_length."""
+    """A TextEncoder to train together with the GPT; its L is the longest caption's, at most max_length."""
     counts = Counter(word for caption in captions for word in WordTokenizer.split(caption))
     tokenizer = WordTokenizer(word for word, _ in counts.most_common(max_words))
     length = min(max_length, max(len(tokenizer.encode(caption)) for caption in captions))
     return TextEncoder(tokenizer, T5Encoder(T5Config(vocab_size=len(tokenizer.words) + 3, **TINY_T5)), length)
 
 
-def saved_text_encoder(text_encoder):
+def saved_text_encoder(text):
     """What a GPT's checkpoint keeps of a tiny TextEncoder; see tiny_text_encoder_from."""
-    t5 = text_encoder.t5
-    return dict(model=t5.state_dict(), config=asdict(t5.config), words=text_encoder.tokenizer.words,
-                length=text_encoder.length)
+    return dict(model=text.t5.state_dict(), config=asdict(text.t5.config), words=text.tokenizer.words,
+                length=text.length)
 
 
 def tiny_text_encoder_from(saved, path, device="cpu"):
@@ -518,8 +461,7 @@ def pretrained_text_encoder(folder, length=120, device="cpu"):
     multiply it. Never float16, in which T5's large activations overflow."""
     device = torch.device(device)
     t5 = load_t5(folder, device, fast_dtype(device) if device.type == "cuda" else torch.float32)
-    paths = [Path(folder) / name for name in ("spiece.model", "tokenizer.json")]
-    path = next((path for path in paths if path.exists()), None)
+    path = next(filter(Path.exists, map(Path(folder).joinpath, ("spiece.model", "tokenizer.json"))), None)
     if path is None:
         raise InputError(f"{folder} holds no tokenizer: put its spiece.model or tokenizer.json there")
     tokenizer = T5Tokenizer(path)
@@ -531,14 +473,12 @@ def pretrained_text_encoder(folder, length=120, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------------------
 # The condition of a GPT: classes or captions. Both know M pictures and have
-#
 #   names                                    what can be drawn: the class names, or the captions that differ
 #   draw(pictures, rng) -> rows              which of the names each of these pictures (B,) is drawn for, (B,)
 #   self(rows, text_encoder, device)         the GPT's cond and cond_mask for these names
 
 class Classes:
-    """Class ids (B,) and no mask. labels: int64 (M,), the class of each picture, or -1 where it cannot be
-    read: those pictures are never asked for."""
+    """Class ids (B,) and no mask. labels: int64 (M,), -1 for unreadable pictures: no one asks for those."""
 
     def __init__(self, names, labels=None):
         self.names, self.labels = names, labels
@@ -556,14 +496,13 @@ class Captions:
     names  the U captions that differ; ids (U, L) int32 are theirs, width is E
     rows   of all captions, one picture after another, their rows in names
 
-    A text encoder that is trained along runs whenever a condition is asked for. A frozen one may run once, in
-    cache_features; from then on None takes its place.
+    A text encoder that is trained along runs in every call; after cache_features, None takes its place.
     """
 
     def __init__(self, captions, text_encoder):
         flat = [caption for several in captions for caption in sorted(several, key=len)]
-        self.names = list(dict.fromkeys(flat))
-        row_of = {caption: row for row, caption in enumerate(self.names)}
+        row_of = {caption: row for row, caption in enumerate(dict.fromkeys(flat))}
+        self.names = list(row_of)
         self.ids, self.width = text_encoder.tokenize(self.names), text_encoder.t5.config.d_model
         self.rows = np.array([row_of[caption] for caption in flat], np.int64)
         self.count = np.array([len(several) for several in captions])
@@ -571,8 +510,8 @@ class Captions:
         self.features = None
 
     def draw(self, pictures, rng):
-        """One caption for each picture: the shortest in 30 of 100 cases, else one of the others, as in the
-        paper's second stage: the others there are long descriptions by a machine; users type short ones."""
+        """One caption for each picture: in 30 of 100 cases the shortest, else one of the others, as in the
+        paper's second stage, where those are long descriptions by a machine; users type short ones."""
         count, chance = self.count[pictures], rng.random(len(pictures))
         # The part of [0, 1) from 0.3 on, stretched over the count - 1 others.
         place = np.where(chance < 0.3, 0, 1 + (chance - 0.3) / 0.7 * (count - 1)).astype(int)
@@ -594,9 +533,8 @@ class Captions:
 
     @torch.inference_mode()
     def cache_features(self, text_encoder, folder, device, batch_size=32):
-        """Run the frozen text encoder over all captions, once: features.KEY.npy in `folder` holds their valid
-        tokens one after another, (all tokens, E). It holds bf16, in which the encoder ran on a GPU anyway and
-        which is half of float32; as NumPy has no bf16, its bits are called uint16."""
+        """Run the frozen text encoder once: features.KEY.npy in `folder` holds the captions' valid tokens one
+        after another, (all tokens, E), in bf16, half of float32; NumPy, without bf16, calls it uint16."""
         length = (self.ids != 0).sum(dim=1).numpy()
         self.end = length.cumsum()
         key = short_hash([weights_hash(text_encoder.t5), self.ids.shape, self.ids.numpy().tobytes()])
