@@ -23,8 +23,7 @@ import socket
 import sys
 import tarfile
 import textwrap
-import unicodedata
-from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,8 +194,7 @@ def image_files(folder):
 @functools.cache
 def image_endings():
     """.jpg, .png and so on: all that this machine's Pillow can open."""
-    Image.init()
-    return {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 @dataclass(frozen=True)
@@ -302,11 +300,35 @@ def in_order(count, batch_size):
     return [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
 
 
-# What a data set has: labels, class_names, captions, crops, size, arguments (load_data's, to open it again),
-# a fingerprint, and three ways through its pictures: batches (endless, for training), take (chosen ones),
-# passes (each once). Nothing else is asked of it, so arrays, folders and archives are exchangeable.
+class Pictures:
+    """What a data set has: labels, class_names, captions, crops, size, arguments (load_data's, to open it
+    again), a fingerprint, and three ways through its pictures: batches (endless, for training), take (chosen
+    ones), passes (each once). Nothing else is asked of it, so arrays, folders and archives are exchangeable.
+    """
 
-class ArrayData:
+    def __len__(self):
+        return len(self.labels)
+
+    def passes(self, batch_size):
+        """One pass in order: uint8 (B, K, 3, H, W) and labels (B,), without the unreadable pictures."""
+        batches, skipped = in_order(len(self), batch_size), []
+        for batch, (images, labels) in zip(batches, self.take(batches)):
+            good = labels >= 0
+            skipped += torch.tensor(batch)[~good].tolist()
+            if good.any():
+                yield images[good], labels[good]
+        self.warn(skipped)
+
+    def warn(self, skipped):
+        """One warning that counts the pictures with these indices, which cannot be read, and names five."""
+        if len(skipped):
+            names = [str(self.files[i][0]) for i in sorted(skipped)]
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            warning(f"skipped {len(names)} of {len(self)} pictures that cannot be read: "
+                    f"{', '.join(names[:5])}{more}")
+
+
+class ArrayData(Pictures):
     """A data set held in memory: a batch is one indexing operation on the device that holds the pixels."""
 
     def __init__(self, name, split, size=32, n=None, data_dir=None, captioned=False):
@@ -317,9 +339,6 @@ class ArrayData:
         self.labels = torch.from_numpy(labels)                                               # (M,)
         self.crops = 1                              # one version of each picture: these have no margin to cut
         self.arguments = dict(name=name, split=split, size=size, n=n, data_dir=data_dir, captioned=captioned)
-
-    def __len__(self):
-        return len(self.labels)
 
     def fingerprint(self):
         return short_hash([self.images.numpy().tobytes(), self.labels.numpy().tobytes(), self.captions])
@@ -335,13 +354,6 @@ class ArrayData:
         for batch in batches:
             yield self.images[batch][:, None], self.labels[batch]
 
-    def passes(self, batch_size):
-        """One pass in order: uint8 (B, K=1, 3, H, W) and labels (B,)."""
-        return self.take(in_order(len(self), batch_size))
-
-    def warn(self, skipped):
-        """These pictures are whole."""
-
 
 def to_device(tensor, device):
     """Copy to the device; to a GPU from pinned memory, so that nothing waits for the copy to end."""
@@ -354,35 +366,28 @@ def warning(message):
     print(f"warning: {message}", file=sys.stderr)
 
 
-def split_folders(root, split):
-    """The folder of the training pictures, that of this split, and whether it is one of its own: root/train
-    and root/val (or root/test) where they exist, else root itself, twice."""
-    root = Path(root)
-    base = root / "train" if (root / "train").is_dir() else root
-    other = next((root / name for name in ("val", "test") if base != root and (root / name).is_dir()), base)
-    return base, other if split == "test" else base, other != base
-
-
-class FolderData(torch.utils.data.Dataset):
+class FolderData(Pictures):
     """Pictures in one sub-folder per class (without sub-folders: one class), read when they are needed.
 
     root/train and root/val (or root/test) are the splits where they exist; else every 20th picture is held
     out. A file that cannot be read is skipped; `warn` counts these files and names the first five.
     """
-    captioned = False
 
-    def __init__(self, root, split, size=32, n=None, flip=True, ranges=()):
-        self.size, self.flip, self.ranges = size, flip, tuple(ranges)
+    def __init__(self, root, split, size=32, n=None, flip=True, ranges=(), captioned=False):
+        self.size, self.flip, self.ranges, self.captioned = size, flip, tuple(ranges), captioned
         self.crops = (5 * len(self.ranges) or 1) * (2 if flip else 1)       # see fixed_crops
-        self.arguments = dict(name=str(root), split=split, size=size, n=n, flip=flip, ranges=list(ranges))
-        base, source, own_split = split_folders(root, split)
-        entries = self.find_files(base, source)
-        if not own_split and len(entries) > 1:
+        self.arguments = dict(name=str(root), split=split, size=size, n=n, flip=flip, ranges=list(ranges),
+                              captioned=captioned)
+        train, root = Path(root, "train"), Path(root)
+        base = train if train.is_dir() else root
+        other = next((f for f in (root / "val", root / "test") if base == train and f.is_dir()), base)
+        entries = self.find_files(base, other if split == "test" else base)
+        if other == base and len(entries) > 1:
             entries = [entry for i, entry in enumerate(entries) if (i % 20 == 0) == (split == "test")]
         # n: every so many-th file, because the first n of an ordered list would all be of the first class.
         entries = spread(entries, n)
         self.files = [(file, label) for file, label, _ in entries]
-        self.captions = [captions for _, _, captions in entries] if self.captioned else None
+        self.captions = [captions for _, _, captions in entries] if captioned else None
         self.labels = torch.tensor([label for _, label in self.files])
         # This ends at the first picture that can be read.
         if all(self.read(i, center_crop) is None for i in range(len(self.files))):
@@ -405,9 +410,6 @@ class FolderData(torch.utils.data.Dataset):
             warning(f"left out {len(found) - len(files)} pictures of {source} that are in no sub-folder of a "
                     f"class of {base}: move them into one")
         return files
-
-    def __len__(self):
-        return len(self.files)
 
     def fingerprint(self):
         """Of every file path, length and time of change: reading ImageNet's pixels would take hours."""
@@ -452,14 +454,6 @@ class FolderData(torch.utils.data.Dataset):
             self, batch_sampler=batch_sampler, num_workers=min(8, os.cpu_count() or 1), collate_fn=tuple,
             worker_init_fn=ignore_interrupts, generator=torch.Generator())
 
-    def warn(self, skipped):
-        """One warning that counts the pictures with these indices, which cannot be read, and names five."""
-        if len(skipped):
-            names = [str(self.files[i][0]) for i in sorted(skipped)]
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            warning(f"skipped {len(names)} of {len(self)} pictures that cannot be read: "
-                    f"{', '.join(names[:5])}{more}")
-
     def batches(self, batch_size, seed, start=0, device="cpu"):
         """Endless training batches (B, 3, H, W) in [-1, 1], cropped at random the same way for the same
         (seed, step). What could not be read in the first epoch is told at its end."""
@@ -481,16 +475,6 @@ class FolderData(torch.utils.data.Dataset):
         black and has the label -1."""
         return iter(self.loader(batches))
 
-    def passes(self, batch_size):
-        """One pass in order: uint8 (B, K, 3, H, W) and labels (B,), without the unreadable pictures."""
-        batches, skipped = in_order(len(self), batch_size), []
-        for batch, (images, labels) in zip(batches, self.take(batches)):
-            good = labels >= 0
-            skipped += torch.tensor(batch)[~good].tolist()
-            if good.any():
-                yield images[good], labels[good]
-        self.warn(skipped)
-
 
 def ignore_interrupts(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -510,32 +494,19 @@ class CaptionedData(FolderData):
     unless asked: captions speak of left and right.
     """
 
-    def __init__(self, source, split, size=32, n=None, flip=False, ranges=(), captioned=True):
-        self.captioned = captioned
-        super().__init__(source, split, size, n, flip, ranges)
-        self.arguments["captioned"] = captioned
-
     def find_files(self, _, source):
         shards = sorted(source.glob("*.tar")) if source.is_dir() else [source] * (source.suffix == ".tar")
-        found = (tar_entries(shards) if shards else folder_entries(source) if source.is_dir() else
-                 jsonl_entries(source))
-        files, lacking = [], Counter()
-        for file, captions, label in found:
-            if file is None:
-                lacking["picture"] += 1
-            elif self.captioned and not captions:
-                lacking["caption"] += 1
-            else:
-                files.append((file, label, captions))
-        total = len(files) + lacking.total()
+        found = list(tar_entries(shards) if shards else folder_entries(source) if source.is_dir() else
+                     jsonl_entries(source))
+        pictures = [entry for entry in found if entry[0]]
+        files = [entry for entry in pictures if entry[2] or not self.captioned]
+        lacking = f"{len(found) - len(pictures)} lack the picture, {len(pictures) - len(files)} the caption"
         if not files:
-            raise InputError(f"{source} holds no pictures with captions: of {total} entries "
-                             f"{lacking['picture']} lack the picture, {lacking['caption']} the caption. Give "
-                             'a .jsonl of {"image": path, "text": caption}, a folder with picture.txt beside '
-                             "picture.png, or .tar archives of such pairs")
-        if lacking:
-            warning(f"left out {lacking.total()} of {total} entries of {source}: {lacking['picture']} lack "
-                    f"the picture, {lacking['caption']} the caption")
+            raise InputError(f"{source} holds no pictures with captions: of {len(found)} entries {lacking}. "
+                             'Give a .jsonl of {"image": path, "text": caption}, a folder with picture.txt '
+                             "beside picture.png, or .tar archives of such pairs")
+        if len(files) < len(found):
+            warning(f"left out {len(found) - len(files)} of {len(found)} entries of {source}: {lacking}")
         beside = len(image_files(source)) if shards and source.is_dir() else 0
         if beside:
             warning(f"left out {beside} pictures beside the .tar archives of {source}: move them elsewhere")
@@ -553,14 +524,13 @@ def caption_list(found):
 
 def json_dict(text):
     """The dict that a piece of JSON holds; empty for anything else, so a bad line costs only itself."""
-    try:
+    record = None
+    with suppress(ValueError):
         record = json.loads(text)
-    except ValueError:
-        record = None
     return record if isinstance(record, dict) else {}
 
 
-# Each of the three yields (file or None, captions, class id) per picture. What is missing is not left out
+# Each of the three yields (file or None, class id, captions) per picture. What is missing is not left out
 # here: CaptionedData counts it.
 
 def jsonl_entries(path):
@@ -572,7 +542,7 @@ def jsonl_entries(path):
         record = json_dict(line)
         image = record.get("image")
         file = path.parent / image if isinstance(image, str) else None
-        yield file if file and file.is_file() else None, caption_list(record.get("text")), 0
+        yield file if file and file.is_file() else None, 0, caption_list(record.get("text"))
 
 
 def folder_entries(folder):
@@ -580,7 +550,7 @@ def folder_entries(folder):
     for file in image_files(folder):
         text = file.with_suffix(".txt")
         captions = text.read_text(encoding="utf-8", errors="replace").splitlines() if text.is_file() else []
-        yield file, caption_list(captions), 0
+        yield file, 0, caption_list(captions)
 
 
 def tar_entries(shards):
@@ -604,7 +574,7 @@ def tar_entries(shards):
             warning(f"{shard} {what} ({error})")
         for parts in samples.values():
             image = next((file for ending, file in parts.items() if ending in image_endings()), None)
-            yield image, tar_captions(parts), tar_class(parts)
+            yield image, tar_class(parts), tar_captions(parts)
 
 
 def tar_captions(parts):
@@ -619,34 +589,6 @@ def tar_class(parts):
     """The class id in .cls, 0 without one. 7 digits are no id: the table of classes has to fit."""
     text = parts[".cls"].read_bytes().strip() if ".cls" in parts else b""
     return int(text) if text.isdigit() and len(text) < 7 else 0
-
-
-def draw_emoji(font, folder, size=32):
-    """The worked example of captioned pictures: every emoji of a colour font that is one code point, on
-    white, as folder/1f600.png, its lower-cased Unicode name in 1f600.txt. Returns how many."""
-    with explained(f"--font {font} cannot be used", "on Debian, apt-get install fonts-noto-color-emoji puts "
-                   "NotoColorEmoji.ttf into /usr/share/fonts/truetype/noto", OSError):
-        # The one size in which Noto's bitmaps are stored; they fill 136 x 128 pixels.
-        font = ImageFont.truetype(font, 109)
-    folder, count = Path(folder), 0
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def picture(character):
-        canvas = Image.new("RGB", (136, 136), "white")
-        ImageDraw.Draw(canvas).text((0, 4), character, font=font, embedded_color=True)
-        return canvas
-
-    # A font draws what it lacks as nothing or as the box that stands for every missing character.
-    blank, missing = picture(" ").tobytes(), picture("\U0010fffd").tobytes()
-    for code in range(0xa9, 0x1fb00):
-        name = unicodedata.name(chr(code), "").lower()
-        if name and unicodedata.category(chr(code))[0] in "SP":
-            drawn = picture(chr(code))
-            if drawn.tobytes() not in (blank, missing):
-                drawn.resize((size, size), Image.Resampling.LANCZOS).save(folder / f"{code:x}.png")
-                (folder / f"{code:x}.txt").write_text(name)
-                count += 1
-    return count
 
 
 def load_data(name, split, size=32, n=None, data_dir=None, flip=None, ranges=(), captioned=False):
@@ -758,9 +700,6 @@ def read_captions(folder):
 # ------------------------------------------------------------------------------------------------------------
 # Pictures for people
 
-ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
-
-
 def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
     """A labelled picture, ready for a PNG, of uint8 images (M, H, W, 3), row by row; row_names are written on
     the left, titles (one per image) above each."""
@@ -769,8 +708,8 @@ def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
     rows = math.ceil(M / columns)
     font = ImageFont.load_default(size=max(12, min(22, H * scale // 5)))
     # So many lines of a name fit beside a row of pictures.
-    lines = max(1, H * scale // (font.size + 6))
-    wrap = textwrap.TextWrapper(24, max_lines=lines, placeholder=ELLIPSIS).wrap
+    lines, ellipsis = max(1, H * scale // (font.size + 6)), "\N{HORIZONTAL ELLIPSIS}"
+    wrap = textwrap.TextWrapper(24, max_lines=lines, placeholder=ellipsis).wrap
     row_names = [wrap(name) or [""] for name in row_names]
     margin = max((int(font.getlength(line)) + 16 for name in row_names for line in name), default=0)
     head = 24 if titles else 0
@@ -782,18 +721,13 @@ def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
         tile = Image.fromarray(pixels).resize((W * scale, H * scale), Image.Resampling.NEAREST)
         sheet.paste(tile, (x, y + head))
         if titles:
-            title = fitted(titles[i][:200], font, cell_w - 4)
+            title = titles[i][:200]
+            while font.getlength(title) > cell_w - 4:
+                title = title[:-2].rstrip() + ellipsis
             draw.text((x + 2, y + head // 2), title, "black", font, anchor="lm")
     for row, name in enumerate(row_names):
         draw.text((8, gap + row * cell_h + H * scale // 2), "\n".join(name), "black", font, anchor="lm")
     return sheet
-
-
-def fitted(text, font, width):
-    """The text, its end cut off where it is longer than `width` pixels."""
-    while font.getlength(text) > width:
-        text = text[:-2].rstrip() + ELLIPSIS
-    return text
 
 
 def check_codes(folder, vq, vq_hash, device, path, count=8):
@@ -842,65 +776,53 @@ def get_args(argv=None):
     draw = commands.add_parser("draw", help="draw 40 pictures of the default data set (the default)")
     draw.add_argument("--out", default="out/shapes.png", help="the PNG")
     extract = commands.add_parser("extract", help="tokenize a data set once, for train_gpt.py --codes")
-    extract.add_argument("--data", required=True, help=f"{', '.join(ARRAY_NAMES)}, or a folder of pictures")
-    extract.add_argument("--data-dir", help="where to look for the data set's files first")
-    extract.add_argument("--out", required=True, help="folder of the codes; train/ and test/ are made in it")
-    extract.add_argument("--cond", default="class", choices=("class", "text"),
-                         help="what comes with a picture: its class or a caption (of shapes: scenes too)")
-    extract.add_argument("--splits", nargs="+", default=["train", "test"], choices=["train", "test"],
-                         help="which parts of the data set")
-    extract.add_argument("--image-size", type=counting, default=32, help="side of a crop in pixels")
-    extract.add_argument("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
-                         help="ten crops of the centre crop at RANGE times the size, for each RANGE: "
-                              "1.1 1.05; if left out, the centre crop and its mirror image")
-    extract.add_argument("--limit", type=counting, help="only so many pictures of each split")
-    extract.add_argument("--batch-size", type=counting, default=32,
-                         help="pictures read at a time; does not change the codes")
-    emoji = commands.add_parser("emoji", help="draw a colour font as a folder of captioned pictures")
-    emoji.add_argument("--font", default="/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
-                       help="the font's file; the default is that of Debian's fonts-noto-color-emoji")
-    emoji.add_argument("--out", default="out/emoji", help="the folder")
-    emoji.add_argument("--image-size", type=counting, default=32, help="side of a picture in pixels")
+    add = extract.add_argument
+    add("--data", required=True, help=f"{', '.join(ARRAY_NAMES)}, a folder of pictures, a .jsonl or .tar")
+    add("--data-dir", help="where to look for the data set's files first")
+    add("--out", required=True, help="folder of the codes; train/ and test/ are made in it")
+    add("--cond", default="class", choices=("class", "text"), help="what comes with a picture")
+    add("--splits", nargs="+", default=["train", "test"], choices=["train", "test"], help="parts to tokenize")
+    add("--image-size", type=counting, default=32, help="side of a crop in pixels")
+    add("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
+        help="ten crops for each RANGE (1.1 1.05), of RANGE x the size; else the centre and its mirror image")
+    add("--limit", type=counting, help="only so many pictures of each split")
+    add("--batch-size", type=counting, default=32, help="pictures read at a time; does not change the codes")
     check = commands.add_parser("check", help="decode a few codes beside their source pictures")
     check.add_argument("codes", help="a folder that extract wrote, such as codes/train")
     check.add_argument("--out", default="out/check.png", help="the PNG")
     for command in (extract, check):
         command.add_argument("--vq", default="out/vq.pt", help="the tokenizer")
         command.add_argument("--device", help=DEVICE_HELP)
-    return parser.parse_args(argv)
+    return parser.parse_args((sys.argv[1:] if argv is None else argv) or ["draw"])
 
 
 def main(args):
-    if args.command in (None, "draw"):
-        path = Path(args.out if args.command else "out/shapes.png")
+    out = Path(args.out)
+    if args.command != "extract":
+        out.parent.mkdir(parents=True, exist_ok=True)
+    if args.command == "draw":
         images, items = draw_shapes("train", 0, 40)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(images, columns=8).save(path)
-        print(f"shapes   {images.shape} {images.dtype}; 40 of {SHAPES_COUNT['train']:,} for train -> {path}")
-        for item in items[:4]:
-            print(f"         {item['caption']}")
-        return
-    if args.command == "emoji":
-        print(f"{draw_emoji(args.font, args.out, args.image_size):,} captioned pictures -> {args.out}")
+        image_grid(images, columns=8).save(out)
+        print(f"shapes   {images.shape} {images.dtype}; 40 of {SHAPES_COUNT['train']:,} for train -> {out}",
+              *(item["caption"] for item in items[:4]), sep="\n         ")
         return
     device = pick_device(args.device)
     vq = load_tokenizer(args.vq, device)
     vq_hash = weights_hash(vq)
     if args.command == "check":
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        check_codes(args.codes, vq, vq_hash, device, args.out)
-        print(f"wrote {args.out}")
+        check_codes(args.codes, vq, vq_hash, device, out)
+        print(f"wrote {out}")
         return
     # At once, not after a million files were found.
     check_tokenizer(vq, args.image_size, args.vq)
     for split in args.splits:
         data = load_data(args.data, split, args.image_size, args.limit, args.data_dir, ranges=args.ten_crop,
                          captioned=args.cond == "text")
-        extract_codes(vq, vq_hash, data, Path(args.out) / split, device, args.batch_size)
-        codes, labels, _ = read_codes(Path(args.out) / split)
+        extract_codes(vq, vq_hash, data, out / split, device, args.batch_size)
+        codes, _, _ = read_codes(out / split)
         if rank_and_world()[0] == 0:
             print(f"{split}: codes {codes.shape} {codes.dtype}, {codes.nbytes / 1e6:,.1f} MB "
-                  f"-> {args.out}/{split}")
+                  f"-> {out / split}")
 
 
 if __name__ == "__main__":

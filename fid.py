@@ -11,12 +11,14 @@ Paper:  FID (Heusel 2017); sFID (Nash 2021); Inception Score (Salimans 2016); pr
         (Kynkaanniemi 2019); SSIM (Wang 2004). All with the definitions of ADM's evaluator (Dhariwal 2021),
         which the LlamaGen paper used.
 """
-import csv
+import hashlib
 import json
 import math
 import os
 import sys
 import zipfile
+from functools import partial
+from itertools import chain, filterfalse, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import data as data_module
 import sample
 from data import (ARRAY_NAMES, ArrayData, batch_indices, find_file, image_files, in_order, load_data,
-                  read_image)
+                  read_image, warning)
 from runs import (DEVICE_HELP, InputError, counting, explained, fill_weights, finite, flag_parser,
                   learning_rate, not_negative, pick_device, rank_and_world, read_checkpoint, run, short_hash,
                   wait_for_all, weights_hash, whole_file)
@@ -44,12 +47,10 @@ from tokenizer import evaluate, load_tokenizer, pass_size, to_float, to_pictures
 # average pools do not count the padding, and the last block has a max pool.
 
 class ConvBN(nn.Module):
-    """Convolution without bias, batch norm, ReLU. Stride 1 keeps the size unless told otherwise."""
+    """Convolution without bias, batch norm, ReLU."""
 
-    def __init__(self, c_in, c_out, kernel, stride=1, padding=None):
+    def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
         super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = tuple(k // 2 for k in kernel) if padding is None and stride == 1 else padding or 0
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=0.001)
 
@@ -57,17 +58,10 @@ class ConvBN(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-def average(x):
-    """Mean over 3 x 3 pixels, at the border over those that exist: zeros of the padding do not count."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def maximum(x):
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def halve(x):
-    return F.max_pool2d(x, 3, stride=2)
+# At the border the mean is that of the pixels that exist: the zeros of the padding do not count.
+average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+halve = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 # A block is a list of branches. A branch is a list of steps: a pool, a row (name, c_out, kernel, stride,
@@ -97,6 +91,8 @@ def block_e(pool):
             [pool, ("branch_pool", 192, 1)]]
 
 
+STEM = [("Conv2d_1a_3x3", 32, 3, 2, 0), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3), halve,
+        ("Conv2d_3b_1x1", 80, 1), ("Conv2d_4a_3x3", 192, 3, 1, 0), halve]
 BLOCKS = {                                                       # name: channels that come in, branches
     "Mixed_5b": (192, block_a(32)),                              # 35 x 35
     "Mixed_5c": (256, block_a(64)),
@@ -123,26 +119,22 @@ class InceptionBlock(nn.Module):
 
     def __init__(self, c_in, branches):
         super().__init__()
-        self.branches = branches
-        for steps in branches:
+        # Each step becomes a pool or a list of rows.
+        self.branches = [[[s] if isinstance(s, tuple) else s for s in steps] for steps in branches]
+        for steps in self.branches:
             width = c_in
-            for step in steps:
-                if not callable(step):
-                    rows = step if isinstance(step, list) else [step]
-                    for name, c_out, *how in rows:
-                        self.add_module(name, ConvBN(width, c_out, *how))
-                    width = rows[-1][1]
+            for rows in filterfalse(callable, steps):
+                for name, c_out, *how in rows:
+                    self.add_module(name, ConvBN(width, c_out, *how))
+                width = c_out
 
     def forward(self, x):
         results = []
         for steps in self.branches:
             ends = [x]
             for step in steps:
-                if callable(step):
-                    ends = [step(ends[0])]
-                else:
-                    rows = step if isinstance(step, list) else [step]
-                    ends = [self.get_submodule(row[0])(ends[0]) for row in rows]
+                ends = ([step(ends[0])] if callable(step) else
+                        [self.get_submodule(name)(ends[0]) for name, *_ in step])
             results += ends
         return torch.cat(results, dim=1)
 
@@ -153,26 +145,20 @@ def resize_as_tf1(images, size=299):
     Pixel i of the result lies at i * H / size of the source (no half-pixel centres), and nothing is averaged
     when shrinking. F.interpolate cannot do this; with its convention FID changes visibly.
     """
-    for axis in (3, 2):                                          # along x, then along y
-        length = images.shape[axis]
+    for _ in ("along x", "along y"):
+        length = images.shape[3]
         source = torch.arange(size, device=images.device) * torch.tensor(length / size, dtype=torch.float32)
         low = source.floor().long()
-        high = (low + 1).clamp(max=length - 1)
-        shape = (-1, 1) if axis == 2 else (-1,)
-        a, b = images.index_select(axis, low), images.index_select(axis, high)
-        images = a + (b - a) * (source - low).view(shape)
+        a, b = images.index_select(3, low), images.index_select(3, (low + 1).clamp(max=length - 1))
+        images = (a + (b - a) * (source - low)).transpose(2, 3)
     return images
 
 
-class InceptionV3(nn.Module):
+class InceptionV3(InceptionBlock):
+    """The stem is a block of one branch; the others follow one after another."""
 
     def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)
-        self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, padding=0)
+        super().__init__(3, [STEM])
         for name, (c_in, branches) in BLOCKS.items():
             self.add_module(name, InceptionBlock(c_in, branches))
         self.fc = nn.Linear(2048, 1008)
@@ -187,10 +173,7 @@ class InceptionV3(nn.Module):
         """
         x = (resize_as_tf1(images.float()) - 128) / 128          # (B, 3, 299, 299)
         x = x.to(self.fc.weight.dtype).contiguous(memory_format=torch.channels_last)
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-        x = F.max_pool2d(x, 3, stride=2)                         # (B, 64, 73, 73)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-        x = F.max_pool2d(x, 3, stride=2)                         # (B, 192, 35, 35)
+        x = self(x)                                              # (B, 192, 35, 35)
         x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))        # (B, 768, 17, 17)
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x)))
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1).float()                # (B, 17 * 17 * 7)
@@ -202,26 +185,19 @@ class InceptionV3(nn.Module):
 def fold_batch_norm(net):
     """Merge each batch norm into the convolution before it: gamma (w x - mean) / sqrt(var + eps) + beta is
     again a convolution with a bias. Returns the same net in eval mode, laid out for fast convolutions."""
-    for module in net.modules():
-        if isinstance(module, ConvBN) and isinstance(module.bn, nn.BatchNorm2d):
-            conv, bn = module.conv, module.bn
-            scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-            conv.weight.data = (conv.weight.double() * scale[:, None, None, None]).float()
-            conv.bias = nn.Parameter((bn.bias.double() - bn.running_mean.double() * scale).float(),
-                                     requires_grad=False)
+    for module in net.eval().modules():
+        if isinstance(module, ConvBN):
+            module.conv = fuse_conv_bn_eval(module.conv.double(), module.bn.double()).float()
             module.bn = nn.Identity()
-    return net.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    return net.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def load_inception(path, device):
     """The folded network with the weights of `path`, or of the cache, or downloaded."""
-    path = path or find_file("inception", "pt_inception-2015-12-05-6726825d.pth")
-    weights = dict(read_checkpoint(path)["model"])
-    net = InceptionV3()
-    for name, counter in net.state_dict().items():               # some copies of the file lack these
-        if name.endswith("num_batches_tracked"):
-            weights.setdefault(name, counter)
-    return fold_batch_norm(fill_weights(net, weights, path)).to(device)
+    path, net = path or find_file("inception", "pt_inception-2015-12-05-6726825d.pth"), InceptionV3()
+    # Some copies of the file lack the norms' counters.
+    counters = {name: x for name, x in net.state_dict().items() if name.endswith("num_batches_tracked")}
+    return fold_batch_norm(fill_weights(net, counters | read_checkpoint(path)["model"], path)).to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -234,11 +210,9 @@ def feature_statistics(features):
         raise InputError(f"{len(features)} image: a covariance needs at least two")
     blocks = features.split(4096)
     mean = sum(block.double().sum(dim=0) for block in blocks) / len(features)
-    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
-    for block in blocks:
-        centred = block.double() - mean
-        covariance.addmm_(centred.T, centred)
-    return mean.cpu().numpy(), (covariance / (len(features) - 1)).cpu().numpy()
+    centred = (block.double() - mean for block in blocks)
+    covariance = sum(block.T @ block for block in centred) / (len(features) - 1)
+    return mean.cpu().numpy(), covariance.cpu().numpy()
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -273,11 +247,6 @@ def inception_score(logits, split_size=5000):
     return sum(scores) / len(scores)
 
 
-def squared_distances(a, b):
-    """|a - b|^2 of all pairs: (M, D), (L, D) -> (M, L)."""
-    return (a.square().sum(dim=1, keepdim=True) + b.square().sum(dim=1) - 2 * a @ b.T).clamp(min=0)
-
-
 def precision_recall(real, fake, k=3, block=1000):
     """Share of `fake` (M, D) near `real` (L, D), and of `real` near `fake`: fidelity and variety.
 
@@ -292,11 +261,11 @@ def precision_recall(real, fake, k=3, block=1000):
     real, fake = real - centre, fake - centre
 
     def radii(points):                                           # the nearest of all is the point itself
-        return torch.cat([squared_distances(rows, points).topk(k + 1, largest=False).values[:, -1]
+        return torch.cat([torch.cdist(rows, points).topk(k + 1, largest=False).values[:, -1]
                           for rows in points.split(block)])
 
     def share_inside(points, centres, radius):
-        inside = [(squared_distances(rows, centres) <= radius).any(dim=1) for rows in points.split(block)]
+        inside = [(torch.cdist(rows, centres) <= radius).any(dim=1) for rows in points.split(block)]
         return torch.cat(inside).double().mean().item()
 
     return share_inside(fake, real, radii(real)), share_inside(real, fake, radii(fake))
@@ -312,18 +281,15 @@ def ssim(a, b):
         raise InputError("SSIM needs pictures of at least 11 x 11 pixels")
     line = torch.exp(-(torch.arange(11, dtype=a.dtype, device=a.device) - 5).square() / (2 * 1.5 ** 2))
     line = line / line.sum()
-
-    def blur(x):
-        x = F.conv2d(x.flatten(0, 1)[:, None], line.view(1, 1, 1, 11))
-        return F.conv2d(x, line.view(1, 1, 11, 1)).view(*a.shape[:2], -1)
-
-    mean_a, mean_b = blur(a), blur(b)                            # (B, 3, pixels)
-    var_a, var_b = blur(a * a) - mean_a ** 2, blur(b * b) - mean_b ** 2
-    covariance = blur(a * b) - mean_a * mean_b
+    # The window is the product of a row and a column.
+    maps = torch.stack([a, b, a * a, b * b, a * b]).flatten(0, 2)[:, None]                 # (5 B 3, 1, H, W)
+    maps = F.conv2d(F.conv2d(maps, line.view(1, 1, 1, 11)), line.view(1, 1, 11, 1))
+    mean_a, mean_b, aa, bb, ab = maps.view(5, *a.shape[:2], -1)                            # (B, 3, pixels)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    value = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-             / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2)))
-    return value.mean(dim=(1, 2))
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
+    contrast_and_structure = 2 * (ab - mean_a * mean_b) + c2
+    contrast_and_structure /= aa - mean_a ** 2 + bb - mean_b ** 2 + c2
+    return (luminance * contrast_and_structure).mean(dim=(1, 2))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -335,22 +301,25 @@ class Classifier(nn.Module):
     Trained on the real training pictures in about a minute. Its last layer but one replaces Inception.
     """
 
-    def __init__(self, num_classes, widths=(32, 64, 128, 128)):
+    def __init__(self, num_classes):
         super().__init__()
-        layers, c_in = [], 3
-        for width in widths:
-            layers += [nn.Conv2d(c_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-                       nn.MaxPool2d(2)]
-            c_in = width
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(c_in, num_classes)
+        levels = [(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
+                   nn.MaxPool2d(2)) for c_in, c_out in pairwise((3, 32, 64, 128, 128))]
+        self.body = nn.Sequential(*chain(*levels), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head, self.widths = nn.Linear(128, num_classes), [num_classes]
 
     def forward(self, images):                                   # images (B, 3, H, W) in [-1, 1]
-        pool = self.body(images).mean(dim=(2, 3))                #        (B, D)
+        pool = self.body(images)                                 #        (B, D)
         return pool, self.head(pool)                             # logits (B, K)
 
-    def loss(self, logits, labels):
-        return F.cross_entropy(logits, labels)
+    def split(self, logits):
+        """The logits of each question: (B, K) -> a list of (B, K of this question)."""
+        return logits.split(self.widths, dim=1)
+
+    def loss(self, logits, targets):
+        """Mean cross-entropy over the answers that a picture has; the others are -100 in targets (B, ...)."""
+        return sum(F.cross_entropy(part, target, reduction="sum") for part, target
+                   in zip(self.split(logits), targets.view(len(targets), -1).T)) / (targets >= 0).sum()
 
     @torch.no_grad()
     def features(self, images):
@@ -366,33 +335,21 @@ class AttributeReader(Classifier):
     """
     HEADS = {"kind": KINDS, "colour": COLOURS, "kind of second": KINDS, "colour of second": COLOURS,
              "background": BACKGROUNDS, "size": SIZES, "layout": ("alone", "beside", "above")}
+    LAYOUTS = {"left of": "beside", "right of": "beside", "above": "above", "below": "above"}
 
     def __init__(self, side):
         super().__init__(sum(map(len, self.HEADS.values())))
+        self.widths = [len(words) for words in self.HEADS.values()]
+        # Another end than the Classifier's: all places instead of their mean.
+        self.body[-2] = nn.Identity()
         self.head = nn.Linear(128 * (side // 16) ** 2, self.head.out_features)
-
-    def forward(self, images):                                   # images (B, 3, H, W) in [-1, 1]
-        grid = self.body(images).flatten(1)
-        return grid, self.head(grid)
-
-    def split(self, logits):
-        return logits.split([len(words) for words in self.HEADS.values()], dim=1)
-
-    def loss(self, logits, targets):
-        """Mean cross-entropy over the answers that a picture has; the others are -100 in targets (B, 7)."""
-        return sum(F.cross_entropy(part, target, reduction="sum") for part, target
-                   in zip(self.split(logits), targets.T)) / (targets >= 0).sum()
 
     @classmethod
     def answers(cls, item):
         """The right answers (7,) for a picture's attributes, in the form of parse_caption."""
-        shapes = in_reading_order(item)
-        found = [shapes[0]["kind"], shapes[0]["colour"], None, None, item["background"], item.get("size"),
-                 "alone"]
-        if len(shapes) == 2:
-            beside = item["relation"] in ("left of", "right of")
-            found[2:4] = shapes[1]["kind"], shapes[1]["colour"]
-            found[6] = "beside" if beside else "above"
+        first, second = (*in_reading_order(item), {})[:2]
+        found = [first["kind"], first["colour"], second.get("kind"), second.get("colour"),
+                 item["background"], item.get("size"), cls.LAYOUTS.get(item.get("relation"), "alone")]
         return [list(words).index(word) if word else -100 for word, words in zip(found, cls.HEADS.values())]
 
 
@@ -421,15 +378,13 @@ def agreement(images, captions, reader, device):
     in_order_too = in_place & same[:, 6]
     found = {"Kind": torch.cat([best[:, 0], best[two, 2]]),
              "Colour": torch.cat([best[:, 1], best[two, 3]]),
-             "Background": same[:, 4]}
-    if sized.any():
-        found["Size"] = same[sized, 5]
-    if two.any():
-        found["Order"] = in_order_too[two]
-    # What a caption does not name cannot be wrong.
-    found["Everything"] = (best[:, :2].all(dim=1) & (best[:, 2:].all(dim=1) & in_order_too | ~two) &
-                           same[:, 4] & (same[:, 5] | ~sized))
-    return {name: hits.double().mean().item() for name, hits in found.items()}
+             "Background": same[:, 4],
+             "Size": same[sized, 5],
+             "Order": in_order_too[two],
+             # What a caption does not name cannot be wrong.
+             "Everything": (best[:, :2].all(dim=1) & (best[:, 2:].all(dim=1) & in_order_too | ~two) &
+                            same[:, 4] & (same[:, 5] | ~sized))}
+    return {name: hits.double().mean().item() for name, hits in found.items() if len(hits)}
 
 
 def train_classifier(data, device):
@@ -455,8 +410,7 @@ def train_judge(make, images, targets, device, epochs, batch_size=64, lr=3e-3, s
         steps = epochs * len(images) // batch_size
         order = batch_indices(len(images), batch_size, seed)
         for step in tqdm(range(steps), desc="training the classifier", unit=" steps"):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(lr, step, step / steps, warmup=50)
+            optimizer.param_groups[0]["lr"] = learning_rate(lr, step, step / steps, warmup=50)
             index = next(order)
             batch = to_float(images[index].to(device))           # (B, 3, H, W)
             # A decoder blurs edges and leaves a pattern of its own, and real pictures have neither. With half
@@ -469,160 +423,116 @@ def train_judge(make, images, targets, device, epochs, batch_size=64, lr=3e-3, s
             optimizer.step()
         return net.state_dict()
 
-    path = data_module.CACHE / "classifier" / f"{key}.pt"
-    weights = remembered(path, lambda name: read_checkpoint(name)["model"], train,
-                         lambda state, name: torch.save({"model": state}, name))
-    return fill_weights(net, weights, path).eval()
+    path = data_module.CACHE / "classifier" / f"{key}.npz"
+    return fill_weights(net, remembered(path, train), path).eval()
 
 
-def remembered(path, read, make, write):
-    """read(path), or, where it is missing or damaged, what make() gives, which write(result, path) keeps."""
+def remembered(path, make):
+    """The dict of tensors that is kept at `path`, or, where it is missing or damaged, what make() gives."""
     if path.exists():
         try:
-            with explained(f"{path} cannot be read"):
-                return read(path)
+            with explained(f"{path} cannot be read"), np.load(path, allow_pickle=False) as file:
+                return {name: torch.from_numpy(file[name]) for name in file.files}
         except InputError as error:
             print(f"{error}: it is made again", file=sys.stderr)
     result = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as name:
-        write(result, name)
+    write_arrays(result, path)
     return result
+
+
+def write_arrays(arrays, path):
+    """A dict of arrays as an .npz of exactly this name (np.savez appends .npz to a name, not to a file)."""
+    with whole_file(path) as name, open(name, "wb") as file:
+        np.savez(file, **{name: torch.as_tensor(array).cpu().numpy() for name, array in arrays.items()})
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What REF and SAMPLES can be
-
-class Pictures(torch.utils.data.Dataset):
-    """Files of pictures. Indexing with a list gives uint8 (B, 3, H, W), or a line that says what is wrong: an
-    exception would leave a worker as a traceback. (Stacked here, a batch is one tensor to send, not B.)"""
-
-    def __init__(self, files):
-        self.files, self.shape = files, None
-        self.shape = self.read(0).shape
-
-    def read(self, i):
-        with explained(f"{self.files[i]} cannot be read", "mend or remove it"):
-            picture = torch.from_numpy(np.array(read_image(self.files[i]))).permute(2, 0, 1)
-        if picture.shape != (self.shape or picture.shape):
-            raise InputError(f"{self.files[i]} is {picture.shape[2]}x{picture.shape[1]} pixels, others are "
-                             f"{self.shape[2]}x{self.shape[1]}: bring all to one size first, as the way of "
-                             f"resizing changes the result")
-        return picture
-
-    def __getitem__(self, indices):
-        try:
-            return torch.stack([self.read(i) for i in indices])
-        except InputError as error:
-            return str(error)
-
 
 class ImageSet:
     """REF or SAMPLES: pictures, ready-made statistics, or both.
 
     stored   arrays beside the pictures: any of mu, sigma, mu_s, sigma_s; label, prompt
     count    the number of pictures; 0 if the file holds statistics only
+    shape    (3, H, W)
     """
 
     def __init__(self, path):
-        self.path, self.stored, self.count, self.files = Path(path), {}, 0, None
+        self.path, self.stored, self.count, self.files, self.shape = Path(path), {}, 0, None, None
         if not self.path.exists():
             raise InputError(f"{path} does not exist")
         if self.path.is_dir():
             self.files = image_files(self.path)
-            self.count = len(self.files)
             if not self.files:
                 raise InputError(f"{path} holds no pictures")
-            self.pictures = Pictures(self.files)
-            self.shape = self.pictures.shape                     # (3, H, W)
+            self.count, self.shape = len(self.files), self.read(0).shape
             return
-        with explained(f"{path} is neither a folder of pictures nor an .npz of plain arrays"):
-            with np.load(self.path, allow_pickle=False) as file:
-                names = ("mu", "sigma", "mu_s", "sigma_s", "label", "prompt")
-                self.stored = {name: file[name] for name in names if name in file}
-                images = "arr_0" in file
-            if images:
-                self.open_images()
-        if not images and not {"mu", "sigma"} <= self.stored.keys():
+        with explained(f"{path} is neither a folder of pictures nor an .npz of plain arrays"), \
+                np.load(self.path, allow_pickle=False) as file:
+            names = ("mu", "sigma", "mu_s", "sigma_s", "label", "prompt")
+            self.stored = {name: file[name] for name in names if name in file}
+            if "arr_0" in file:
+                self.open_images().close()
+        if not self.count and not {"mu", "sigma"} <= self.stored.keys():
             raise InputError(f"{path} holds neither arr_0 nor mu and sigma")
 
     def open_images(self):
         """The open member arr_0 of an .npz, just behind its header."""
         file = zipfile.ZipFile(self.path).open("arr_0.npy")
-        version = np.lib.format.read_magic(file)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0,
-                       (2, 0): np.lib.format.read_array_header_2_0}
-        shape, fortran, dtype = read_header[version](file)
+        np.lib.format.read_magic(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
             raise InputError(f"{self.path}: arr_0 has to be uint8 (M, H, W, 3), not {dtype} {shape}")
         self.count, self.shape = shape[0], (3, *shape[1:3])
         return file
 
+    def read(self, i):
+        """Picture i of a folder, uint8 (3, H, W), of the size of the first one."""
+        with explained(f"{self.files[i]} cannot be read", "mend or remove it"):
+            picture = torch.from_numpy(np.array(read_image(self.files[i]))).permute(2, 0, 1)
+        if picture.shape != (self.shape or picture.shape):
+            found, others = (f"{W}x{H}" for _, H, W in (picture.shape, self.shape))
+            raise InputError(f"{self.files[i]} is {found} pixels, others are {others}: bring all to one size "
+                             f"first, as the way of resizing changes the result")
+        return picture
+
+    def __getitem__(self, indices):
+        """For the DataLoader: uint8 (B, 3, H, W), or a line that says what is wrong: an exception would leave
+        a worker as a traceback. (Stacked here, a batch is one tensor to send, not B.)"""
+        try:
+            return torch.stack([self.read(i) for i in indices])
+        except InputError as error:
+            return str(error)
+
     def batches(self, batch_size):
         """The pictures uint8 (B, 3, H, W), read as they are needed (50,000 of 256 x 256 are 9.8 GB), and no
         more at once than `pass_size` allows for pictures of this size."""
-        size = min(batch_size, pass_size(*self.shape[1:]))
+        _, H, W = self.shape
+        parts = in_order(self.count, min(batch_size, pass_size(H, W)))
         if self.files:
-            loader = torch.utils.data.DataLoader(self.pictures, sampler=in_order(self.count, size),
-                                                 batch_size=None, num_workers=min(8, os.cpu_count() or 1))
-            for batch in loader:
+            how = dict(sampler=parts, batch_size=None, num_workers=min(8, os.cpu_count() or 1))
+            for batch in torch.utils.data.DataLoader(self, **how):
                 if isinstance(batch, str):
                     raise InputError(batch)
                 yield batch
             return
-        H, W = self.shape[1:]
         with self.open_images() as file:
-            for first in range(0, self.count, size):
-                rows = min(size, self.count - first)
+            for part in parts:
                 with explained(f"{self.path} cannot be read to its end", "write it again"):
-                    pixels = np.frombuffer(bytearray(file.read(rows * H * W * 3)), np.uint8)
-                    pixels = pixels.reshape(rows, H, W, 3)
-                yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-    def everything(self):
-        """All pictures at once: uint8 (M, 3, H, W)."""
-        return torch.cat(list(self.batches(1000)))
+                    pixels = bytearray(file.read(len(part) * H * W * 3))
+                    batch = torch.frombuffer(pixels, dtype=torch.uint8).view(len(part), H, W, 3)
+                yield batch.permute(0, 3, 1, 2)
 
     def features(self, net, device, args):
-        """All pictures through `net`: what net.features gives, stacked, on the CPU; None without pictures.
-        With --cache also kept in a file beside the pictures, named by them and by the network."""
-        if not self.count:
-            return None
+        """All pictures through `net`: what net.features gives, stacked, on the CPU. With --cache also kept in
+        a file beside the pictures, named by every byte of them, their names, and the network."""
         make = lambda: stack_features(net, self.batches(args.batch_size), self.count, device, self.path.name)
         if not args.cache:
             return make()
-        kept = self.path.with_name(f"{self.path.name}.{self.hash(weights_hash(net))}.features.npz")
-
-        def read(path):
-            with np.load(path, allow_pickle=False) as file:
-                return {name: torch.from_numpy(file[name]) for name in ("pool", "spatial", "logits")}
-        return remembered(kept, read, make, write_arrays)
-
-    def hash(self, key):
-        """Of every byte of the pictures, their names, and the key."""
-        def parts():
-            yield key
-            for path in self.files or [self.path]:
-                yield path.name
-                with open(path, "rb") as file:
-                    while block := file.read(1 << 24):
-                        yield block
-        return short_hash(parts())
-
-    def statistics(self, features):
-        """mu, sigma, mu_s, sigma_s: the file's own, and else those of the features, where there are any."""
-        found = {name: x for name, x in self.stored.items() if name not in ("label", "prompt")}
-        if "mu" not in found:
-            found["mu"], found["sigma"] = feature_statistics(features["pool"])
-        if "mu_s" not in found and features and "spatial" in features:
-            found["mu_s"], found["sigma_s"] = feature_statistics(features["spatial"])
-        return found
-
-
-def write_arrays(arrays, path):
-    """A dict of arrays as an .npz of exactly this name (np.savez appends .npz to a name, not to a file)."""
-    with open(path, "wb") as file:
-        np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})
+        key = short_hash([weights_hash(net), *((path.name, hashlib.sha256(np.memmap(path, mode="r")).digest())
+                                               for path in self.files or [self.path])])
+        return remembered(self.path.with_name(f"{self.path.name}.{key}.features.npz"), make)
 
 
 def stack_features(net, batches, count, device, name):
@@ -646,34 +556,39 @@ def stack_features(net, batches, count, device, name):
 
 class Inception:
     """Samples against REF by Inception's features. REF is read once, however many samples follow."""
+    # figure: (features, their mean and covariance in a file of statistics)
+    DISTANCES = {"FID": ("pool", "mu", "sigma"), "sFID": ("spatial", "mu_s", "sigma_s")}
 
     def __init__(self, args, device):
         self.args, self.device, self.net = args, device, None
-        self.ref = self.read_set(args.ref)
-        self.real = self.ref.features(self.network(), device, args) if self.ref.count else None
-        self.statistics = self.ref.statistics(self.real)
+        self.real, self.statistics = self.read(args.ref)
 
-    def read_set(self, path):
-        found = ImageSet(path)
+    def read(self, path):
+        """The features of all pictures, None if there are none; mu, sigma, mu_s, sigma_s: the file's own, and
+        else those of the features."""
+        found, features = ImageSet(path), None
         if found.count == 1:
             raise InputError(f"{path} holds one picture: a covariance needs at least two")
-        return found
-
-    def network(self):
-        """Loaded when the first pictures come: two files of statistics are compared without it."""
-        self.net = self.net or load_inception(self.args.inception, self.device)
-        return self.net
+        if found.count:
+            # Loaded only now: two files of statistics are compared without it.
+            self.net = self.net or load_inception(self.args.inception, self.device)
+            features = found.features(self.net, self.device, self.args)
+        statistics = {}
+        for part, *names in self.DISTANCES.values():
+            if found.stored.keys() >= set(names):
+                statistics |= {name: found.stored[name] for name in names}
+            elif features:
+                statistics |= zip(names, feature_statistics(features[part]))
+        return features, statistics
 
     def measure(self, path):
-        samples = self.read_set(path)
-        if 0 < samples.count < 10_000:
-            print(f"warning: {samples.count:,} samples make FID too high; it is usually told for 50,000",
-                  file=sys.stderr)
-        fake = samples.features(self.network(), self.device, self.args) if samples.count else None
-        a, b = self.statistics, samples.statistics(fake)
-        metrics = {"FID": frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])}
-        if "mu_s" in a and "mu_s" in b:
-            metrics["sFID"] = frechet_distance(a["mu_s"], a["sigma_s"], b["mu_s"], b["sigma_s"])
+        fake, statistics = self.read(path)
+        if fake and len(fake["pool"]) < 10_000:
+            warning(f"{len(fake['pool']):,} samples make FID too high; it is usually told for 50,000")
+        metrics = {figure: frechet_distance(self.statistics[mu], self.statistics[sigma],
+                                            statistics[mu], statistics[sigma])
+                   for figure, (_, mu, sigma) in self.DISTANCES.items()
+                   if mu in self.statistics and mu in statistics}
         if fake:
             metrics["IS"] = inception_score(fake["logits"])
         if self.real and fake:
@@ -681,26 +596,28 @@ class Inception:
         return metrics
 
 
+RECON = " (reconstructions)"                                     # ends the names of figures against these
+
+
 class Judged:
     """Samples of a data set known by name against its real test pictures, by a judge trained on its training
     pictures: the classifier for samples with labels, the reader for samples with captions.
 
-    vq     if given, samples are also compared with what this tokenizer makes of the real pictures. A GPT
-           cannot draw better than its decoder does, and the decoder's artefacts alone move every picture away
-           from the real ones; beside reconstructions what is left is the GPT's own part
-    count  compare with so many real test pictures, not with all: the more there are, the smaller the balls
-           around them, and the lower the precision
+    A sweep compares with as many real pictures as samples: the more there are, the smaller the balls around
+    them, and the lower the precision. It compares with the tokenizer's reconstructions of them, too: a GPT
+    cannot draw better than its decoder does, and the decoder's artefacts alone move every picture away from
+    the real ones; beside reconstructions what is left is the GPT's own part.
     """
 
-    def __init__(self, args, device, vq=None, count=None):
-        self.args, self.device, self.vq, self.count, self.net = args, device, vq, count, None
+    def __init__(self, args, device):
+        self.args, self.device, self.net = args, device, None
 
     def measure(self, path):
         samples = ImageSet(path)
         if not samples.count or not {"label", "prompt"} & samples.stored.keys():
             raise InputError(f"{path} needs arr_0 and label to be judged by a classifier: write it with "
                              f"python sample.py --npz")
-        images = samples.everything()                            # (M, 3, H, W)
+        images = torch.cat(list(samples.batches(1000)))          # (M, 3, H, W)
         if "prompt" in samples.stored:
             self.net = self.net or train_reader(self.device, images.shape[-1])
             return agreement(images, samples.stored["prompt"].tolist(), self.net, self.device)
@@ -710,56 +627,52 @@ class Judged:
 
     def learn(self, side):
         """Train the classifier; pass the real test pictures, and their reconstructions, through it."""
-        args = self.args
+        args, count = self.args, self.args.num_samples if self.args.sweep else self.args.limit
         train = ArrayData(args.ref, "train", side, args.limit, args.data_dir)
-        test = ArrayData(args.ref, "test", side, self.count or args.limit, args.data_dir)
+        test = ArrayData(args.ref, "test", side, count, args.data_dir)
         self.net, self.class_names = train_classifier(train, self.device), train.class_names
         real = stack_features(self.net, [test.images], len(test), self.device, args.ref)
         self.accuracy = (real["logits"].argmax(dim=1) == test.labels).double().mean().item()
         self.features = {"": real["pool"]}                       # (L, D)
-        if self.vq:
+        if args.sweep:
+            vq = load_tokenizer(args.vq, self.device)
             with torch.inference_mode():
-                tokens = tokenize_in_passes(self.vq, test.images, self.device)       # (L, N)
-                recon = to_pictures(self.vq, tokens).permute(0, 3, 1, 2).cpu()
+                tokens = tokenize_in_passes(vq, test.images, self.device)            # (L, N)
+                recon = to_pictures(vq, tokens).permute(0, 3, 1, 2).cpu()
             found = stack_features(self.net, [recon], len(recon), self.device, "reconstructions")
-            self.features[" (reconstructions)"] = found["pool"]
+            self.features[RECON] = found["pool"]
 
     def compare(self, images, labels):
         """Metrics of images uint8 (M, 3, H, W) with labels (M,)."""
-        K = len(self.class_names)
-        if labels.min() < 0 or labels.max() >= K:
-            raise InputError(f"the samples have labels up to {labels.max()}, but there are {K} classes: give "
-                             f"the data set that they were drawn for")
+        if labels.min() < 0 or labels.max() >= len(self.class_names):
+            raise InputError(f"the samples have labels up to {labels.max()}, but there are "
+                             f"{len(self.class_names)} classes: give the data set that they were drawn for")
         fake = stack_features(self.net, [images], len(images), self.device, "the samples")
         right = (fake["logits"].argmax(dim=1) == labels).double()
         metrics = {"Real test accuracy": self.accuracy, "Class accuracy": right.mean().item()}
-        for i, class_name in enumerate(self.class_names):
-            if (labels == i).any():
-                metrics[f"Class accuracy of {class_name}"] = right[labels == i].mean().item()
+        metrics |= {f"Class accuracy of {name}": right[labels == i].mean().item()
+                    for i, name in enumerate(self.class_names) if (labels == i).any()}
         statistics = feature_statistics(fake["pool"])
         for against, real in self.features.items():
-            precision, recall = precision_recall(real, fake["pool"])
-            metrics |= {f"FID-classifier{against}": frechet_distance(*feature_statistics(real), *statistics),
-                        f"Precision-classifier{against}": precision,
-                        f"Recall-classifier{against}": recall}
+            distance = frechet_distance(*feature_statistics(real), *statistics)
+            figures = zip(("FID", "Precision", "Recall"), (distance, *precision_recall(real, fake["pool"])))
+            metrics |= {f"{name}-classifier{against}": value for name, value in figures}
         return metrics
 
 
 def reconstruct(vq, data, device, args, net=None):
     """How well a tokenizer keeps pictures: metrics over a data set, rFID too where `net` gives features."""
-    similarity, found = [], ([], [])
+    similarity, pools = [], []
 
     def also(images, recon):                                     # uint8 (B, 3, H, W) each
         similarity.append(ssim(images.float(), recon.float()))
-        for pool, pictures in zip(found, (images, recon)):
-            if net:
-                pool.append(net.features(pictures)["pool"].cpu())
+        if net:
+            pools.append([net.features(pictures)["pool"].cpu() for pictures in (images, recon)])
 
-    side = data.size
-    psnr, usage, perplexity = evaluate(vq, data, device, min(args.batch_size, pass_size(side, side)), also)
-    metrics = {}
+    size, metrics = min(args.batch_size, pass_size(data.size, data.size)), {}
+    psnr, usage, perplexity = evaluate(vq, data, device, size, also)
     if net:
-        real, fake = (feature_statistics(torch.cat(pool)) for pool in found)
+        real, fake = (feature_statistics(torch.cat(pool)) for pool in zip(*pools))
         metrics["rFID-classifier" if isinstance(net, Classifier) else "rFID"] = frechet_distance(*real, *fake)
     return metrics | {"PSNR": psnr, "SSIM": torch.cat(similarity).mean().item(), "Codebook usage": usage,
                       "Codebook perplexity": perplexity, "Codebook entropy": math.log2(perplexity)}
@@ -786,12 +699,11 @@ def trained_on(args):
     """The data set that the GPT's checkpoint names, if it is one known by name, else None; whether it draws
     from captions."""
     checkpoint = read_checkpoint(args.gpt, mmap=True)
-    flags = checkpoint.get("args")
-    flags = flags if isinstance(flags, dict) else {}             # released files: a Namespace, or nothing
+    if "config" not in checkpoint:                               # a released file does not tell
+        return None, False
+    flags, text = checkpoint.get("args", {}), checkpoint["config"].get("model_type") == "t2i"
     # A run on a folder of codes has a --data too, which it did not read.
-    name = None if flags.get("codes") or "config" not in checkpoint else flags.get("data")
-    text = checkpoint.get("config", {}).get("model_type", "c2i") == "t2i"
-    return name if name in ARRAY_NAMES else None, text
+    return flags["data"] if flags.get("data") in ARRAY_NAMES and not flags.get("codes") else None, text
 
 
 def draw(args, path, *flags):
@@ -813,25 +725,21 @@ def sweep(args, device):
         raise InputError(f"{args.gpt} does not say on which data set known by name it was trained: give REF, "
                          f"the real pictures to compare with, as python fid.py REF --sweep ...")
     args.temperature = 1.0 if args.temperature is None else args.temperature
-    target, table, judge = Path(args.out), [], None
+    target, table = Path(args.out), []
     target.parent.mkdir(parents=True, exist_ok=True)
+    judge = None if rank_and_world()[0] else (Judged if args.ref in ARRAY_NAMES else Inception)(args, device)
     for scale in args.sweep:
         path = target.with_suffix("") / f"cfg_{scale:g}.npz"
         draw(args, path, "--cfg-scale", str(scale), "--num-samples", str(args.num_samples))
-        if rank_and_world()[0] > 0:
+        if not judge:
             continue
-        if judge is None:
-            judge = (Judged(args, device, load_tokenizer(args.vq, device), args.num_samples)
-                     if args.ref in ARRAY_NAMES else Inception(args, device))
-        metrics = judge.measure(path)
-        table.append({"cfg_scale": scale} | {name: value for name, value in metrics.items()
+        table.append({"cfg_scale": scale} | {name: value for name, value in judge.measure(path).items()
                                              if not name.startswith("Class accuracy of")})
         print(", ".join(f"{name} {value:.4g}" for name, value in table[-1].items()))
     if table:
-        with whole_file(target) as name, open(name, "w", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
+        with whole_file(target) as name:
+            rows = [list(row.values()) for row in table]
+            np.savetxt(name, rows, "%s", ",", header=",".join(table[0]), comments="")
         plot_lines(table, "cfg_scale", target.with_suffix(".png"))
         print(f"wrote {target} and {target.with_suffix('.png')}")
 
@@ -853,13 +761,12 @@ def alignment(args, device):
     prompts = path.with_suffix(".txt")
     path.parent.mkdir(parents=True, exist_ok=True)
     if rank_and_world()[0] == 0:
-        with whole_file(prompts) as name:
-            name.write_text("\n".join(sum(groups.values(), [])) + "\n", encoding="utf-8")
+        prompts.write_text("\n".join(sum(groups.values(), [])) + "\n", encoding="utf-8")
     wait_for_all()
     draw(args, path, "--prompts-file", str(prompts), "--num-samples", str(len(groups) * args.alignment))
     if rank_and_world()[0] > 0:
         return
-    images = ImageSet(path).everything().split(args.alignment)
+    images = torch.cat(list(ImageSet(path).batches(1000))).split(args.alignment)
     reader = train_reader(device, images[0].shape[-1])
     for (name, captions), pictures in zip(groups.items(), images):
         shares = agreement(pictures, captions, reader, device)
@@ -871,36 +778,32 @@ def plot_lines(table, x, path, size=(300, 240)):
     """A PNG with one small diagram for each figure of the table (a list of dicts) against column x. Figures
     against reconstructions are a second line in the diagram of the same name. All axes begin at 0, those of
     shares end at 1, and x is the same everywhere."""
-    RECON = " (reconstructions)"
     names = [name for name in table[0] if name not in (x, "Real test accuracy") and not name.endswith(RECON)]
     sheet = Image.new("RGB", (size[0] * len(names), size[1]), "white")
-    draw_on, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    xs = [row[x] for row in table]
+    pen, xs = ImageDraw.Draw(sheet), [row[x] for row in table]
+    write = partial(pen.text, fill="black", font=ImageFont.load_default(size=12))
     for i, name in enumerate(names):
-        lines = {column: [row[column] for row in table]
-                 for column in (name, name + RECON) if column in table[0]}
-        highest = max(map(max, lines.values()))
+        lines = [[row[column] for row in table] for column in (name, name + RECON) if column in table[0]]
+        highest = max(map(max, lines))
         digit = 10 ** math.floor(math.log10(highest)) if highest > 0 else 1
         top = math.ceil(highest / digit) * digit if name.startswith(("FID", "sFID", "IS")) else 1
         left, right, upper, lower = size[0] * i + 50, size[0] * (i + 1) - 16, 34, size[1] - 40
-        across = lambda value, a=left, b=right: a + (value - min(xs)) / (max(xs) - min(xs) or 1) * (b - a)
-        draw_on.text(((left + right) / 2, 12), name, "black", font, anchor="mm")
-        draw_on.text(((left + right) / 2, size[1] - 10), x, "black", font, anchor="mm")
-        for quarter in range(5):
-            y = lower - quarter / 4 * (lower - upper)
-            draw_on.line((left, y, right, y), fill="lightgray")
-            draw_on.text((left - 8, y), f"{top * quarter / 4:.3g}", "black", font, anchor="rm")
-        for value in xs:
-            draw_on.text((across(value), lower + 8), f"{value:g}", "black", font, anchor="mt")
-        for k, (column, values) in enumerate(lines.items()):
-            colour = ("navy", "darkorange")[k]
-            points = [(across(a), lower - b / top * (lower - upper)) for a, b in zip(xs, values)]
-            draw_on.line(points, fill=colour, width=2)
-            for px, py in points:
-                draw_on.ellipse((px - 3, py - 3, px + 3, py + 3), fill=colour)
+        across = np.interp(xs, (min(xs), max(xs)), (left, right)).tolist()
+        write(((left + right) / 2, 12), name, anchor="mm")
+        write(((left + right) / 2, size[1] - 10), x, anchor="mm")
+        for value, y in zip(np.linspace(0, top, 5), np.linspace(lower, upper, 5)):
+            pen.line((left, y, right, y), fill="lightgray")
+            write((left - 8, y), f"{value:.3g}", anchor="rm")
+        for value, place in zip(xs, across):
+            write((place, lower + 8), f"{value:g}", anchor="mt")
+        styles = ("navy", "against real"), ("darkorange", "against reconstructions")
+        for k, (values, (colour, words)) in enumerate(zip(lines, styles)):
+            points = list(zip(across, np.interp(values, (0, top), (lower, upper)).tolist()))
+            pen.line(points, fill=colour, width=2)
+            for point in points:
+                pen.circle(point, 3, fill=colour)
             if len(lines) == 2:
-                words = ("against real", "against reconstructions")[k]
-                draw_on.text((left + 75 * k, 25), words, colour, font, anchor="lm")
+                write((left + 75 * k, 25), words, fill=colour, anchor="lm")
     sheet.save(path)
 
 
@@ -908,42 +811,34 @@ def plot_lines(table, x, path, size=(300, 240)):
 
 def get_args(argv=None):
     parser = flag_parser(__file__, __doc__)
-    parser.add_argument("ref", nargs="?", metavar="REF",
-                        help="the real pictures: a folder, an .npz, or for the classifier "
-                             f"{', '.join(ARRAY_NAMES)}")
-    parser.add_argument("samples", nargs="?", metavar="SAMPLES", help="the generated ones: a folder or .npz")
-    parser.add_argument("--inception", help="pt_inception-2015-12-05-6726825d.pth, if it is not in the cache")
-    parser.add_argument("--save-stats", help="write the statistics of REF to this .npz")
-    parser.add_argument("--cache", action="store_true",
-                        help="keep the features in a file beside the pictures")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    parser.add_argument("--batch-size", type=counting, default=64,
-                        help="pictures per pass, at most; fewer if they are large")
-    parser.add_argument("--device", help=DEVICE_HELP)
-    group = parser.add_argument_group("a tokenizer's reconstructions")
-    group.add_argument("--recon", metavar="VQ", help="rFID, PSNR, SSIM and codebook use of this tokenizer")
-    group.add_argument("--data", default="shapes", help="the pictures to reconstruct")
-    group.add_argument("--split", default="test", choices=("train", "test"), help="which of them")
-    group.add_argument("--image-size", type=counting, help="their side; the tokenizer's own if left out")
-    group.add_argument("--features", default="inception", choices=("inception", "classifier"),
-                       help="whose features rFID compares")
-    group = parser.add_argument_group("drawing and measuring")
-    group.add_argument("--sweep", type=finite, nargs="+", metavar="S",
-                       help="draw at each of these guidance scales; REF: the GPT's data set if left out")
-    group.add_argument("--alignment", type=counting, metavar="M",
-                       help="draw M pictures for captions of one and of two shapes, and read them back")
-    group.add_argument("--gpt", default="out/gpt.pt", help="the GPT that draws")
-    group.add_argument("--vq", default="out/vq.pt", help="the tokenizer that it was trained with")
-    group.add_argument("--num-samples", type=counting, default=1000, help="pictures for each scale")
-    group.add_argument("--temperature", type=not_negative,
-                       help="if left out 1 for --sweep, and that of sample.py for --alignment")
-    group.add_argument("--out", default="out/sweep.csv", help="the table; curves and samples go beside it")
-    group = parser.add_argument_group("data sets by name")
-    group.add_argument("--data-dir", help="where to look for the data set's files first")
-    group.add_argument("--limit", type=counting, help="use only so many real pictures of each split")
+    add = parser.add_argument
+    add("ref", nargs="?", metavar="REF", help=f"real pictures: a folder, .npz, {', '.join(ARRAY_NAMES)}")
+    add("samples", nargs="?", metavar="SAMPLES", help="the generated ones: a folder or .npz")
+    add("--inception", help="pt_inception-2015-12-05-6726825d.pth, if it is not in the cache")
+    add("--save-stats", help="write the statistics of REF to this .npz")
+    add("--cache", action="store_true", help="keep the features in a file beside the pictures")
+    add("--json", action="store_true", help="print one JSON object instead of lines")
+    add("--batch-size", type=counting, default=64, help="pictures per pass, at most; fewer if they are large")
+    add("--device", help=DEVICE_HELP)
+    add = parser.add_argument_group("a tokenizer's reconstructions").add_argument
+    add("--recon", metavar="VQ", help="rFID, PSNR, SSIM and codebook use of this tokenizer")
+    add("--data", default="shapes", help="the pictures to reconstruct")
+    add("--split", default="test", choices=("train", "test"), help="which of them")
+    add("--image-size", type=counting, help="their side; the tokenizer's own if left out")
+    add("--features", default="inception", choices=("inception", "classifier"), help="what rFID compares")
+    add = parser.add_argument_group("drawing and measuring").add_argument
+    add("--sweep", type=finite, nargs="+", metavar="S", help="draw at these guidance scales in turn")
+    add("--alignment", type=counting, metavar="M", help="draw M pictures of each kind of caption of shapes")
+    add("--gpt", default="out/gpt.pt", help="the GPT that draws; its data set is REF if that is left out")
+    add("--vq", default="out/vq.pt", help="the tokenizer that it was trained with")
+    add("--num-samples", type=counting, default=1000, help="pictures for each scale")
+    add("--temperature", type=not_negative, help="by default 1 for --sweep, sample.py's for --alignment")
+    add("--out", default="out/sweep.csv", help="the table; curves and samples go beside it")
+    add = parser.add_argument_group("data sets by name").add_argument
+    add("--data-dir", help="where to look for the data set's files first")
+    add("--limit", type=counting, help="use only so many real pictures of each split")
     args = parser.parse_args(argv)
-    alone = args.recon or args.sweep or args.alignment
-    if not (alone or args.ref and (args.save_stats or args.samples)):
+    if not (args.recon or args.sweep or args.alignment or args.ref and (args.save_stats or args.samples)):
         parser.error("give REF and SAMPLES, or REF and --save-stats, or one of --recon, --sweep, --alignment")
     return args
 
@@ -960,22 +855,17 @@ def main(args):
         data = load_data(args.data, args.split, size, args.limit, args.data_dir)
         metrics = reconstruct(vq, data, device, args, recon_network(args, size, device))
     else:
-        named = args.ref in ARRAY_NAMES and not args.save_stats
-        judge = Judged(args, device) if named else Inception(args, device)
+        judge = (Judged if args.ref in ARRAY_NAMES and not args.save_stats else Inception)(args, device)
         if args.save_stats:
-            with whole_file(args.save_stats) as name:
-                write_arrays(judge.statistics, name)
+            write_arrays(judge.statistics, args.save_stats)
             print(f"wrote {args.save_stats}", file=sys.stderr)
             if not args.samples:
                 return
         metrics = judge.measure(args.samples)
     if any("classifier" in name for name in metrics):
         print("Figures of the small classifier cannot be compared with published FIDs.", file=sys.stderr)
-    if args.json:
-        print(json.dumps(metrics))
-    else:
-        for name, value in metrics.items():
-            print(f"{name}: {value:.4f}")
+    lines = (f"{name}: {value:.4f}" for name, value in metrics.items())
+    print(json.dumps(metrics) if args.json else "\n".join(lines))
 
 
 if __name__ == "__main__":

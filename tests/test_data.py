@@ -24,6 +24,7 @@ from conftest import ROOT
 from data import (KINDS, ArrayData, FolderData, batch_indices, center_crop, draw_shapes, extract_codes,
                   fixed_crops, load_array, load_data, random_crop, read_codes, read_idx, read_image)
 from model import GPT, GPT_SIZES, GPTConfig
+from notebooks import emoji
 from runs import InputError, weights_hash
 from shapes import in_reading_order, parse_caption, shape_attributes
 from tokenizer import VQ_SIZES, VQConfig, VQModel
@@ -748,7 +749,7 @@ EMOJI = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 
 @pytest.mark.skipif(not EMOJI.exists(), reason="needs Debian's fonts-noto-color-emoji")
 def test_emoji_become_captioned_pictures(tmp_path):
-    assert data.draw_emoji(EMOJI, tmp_path, size=16) > 1000
+    assert emoji.draw_emoji(EMOJI, tmp_path, size=16) > 1000
     assert (tmp_path / "1f600.txt").read_text() == "grinning face"
     heart = np.asarray(Image.open(tmp_path / "2764.png"), float)[8, 8]
     assert heart.argmax() == 0 and heart[0] > heart[1:].max() + 80      # red
@@ -757,4 +758,4 @@ def test_emoji_become_captioned_pictures(tmp_path):
 
 def test_a_font_that_is_missing_is_told_with_where_to_get_one(tmp_path):
     with pytest.raises(InputError, match="fonts-noto-color-emoji"):
-        data.draw_emoji(tmp_path / "none.ttf", tmp_path)
+        emoji.draw_emoji(tmp_path / "none.ttf", tmp_path)

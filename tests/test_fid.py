@@ -307,7 +307,7 @@ def test_wrong_input_is_one_clear_line(tmp_path, inception):
 def offline(tmp_path, monkeypatch):
     def refuse(*args, **named):
         raise OSError("no network")
-    monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(data.torch.hub, "download_url_to_file", refuse)
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
 
 
@@ -427,14 +427,15 @@ def test_a_sweep_takes_its_data_set_from_the_checkpoint_unless_one_is_given(mode
 def test_under_torchrun_only_the_first_process_measures_and_writes(tmp_path, models, monkeypatch, capsys):
     flags = ["--sweep", "1", "2", "--num-samples", "5", *models(data="shapes")]
     drawn = []
-    monkeypatch.setattr(fid, "draw", lambda args, path, *rest: drawn.append(path))       # and no file is there
+    monkeypatch.setattr(fid, "draw", lambda args, path, *rest: drawn.append(path))     # and no file is there
     monkeypatch.setattr(fid, "rank_and_world", lambda: (1, 2))
     main(get_args(flags))
     assert len(drawn) == 2 and not (tmp_path / "out" / "sweep.csv").exists()
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("text, args", [(False, {"data": "shapes"}), (True, {"data": "/pictures"}), (True, {})])
+@pytest.mark.parametrize("text, args", [(False, {"data": "shapes"}), (True, {"data": "/pictures"}),
+                                        (True, {})])
 def test_alignment_refuses_a_model_that_was_not_trained_on_captions_of_shapes(models, text, args):
     with pytest.raises(InputError, match="captions of shapes"):
         main(get_args(["--alignment", "2", *models(text, **args)]))
