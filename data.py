@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from runs import (DEVICE_HELP, InputError, SharedArray, counting, explained, flag_parser, pick_device,
                   rank_and_world, run, short_hash, wait_for_all, weights_hash, whole_file)
-from shapes import BACKGROUNDS, COLOURS, KINDS, SHAPES_COUNT, SIZES, captioned_shapes, draw_shapes
+from shapes import KINDS, SHAPES_COUNT, captioned_shapes, draw_shapes
 from tokenizer import (codebook_statistics, load_tokenizer, peak_signal_to_noise, to_float, to_pictures,
                        tokenize_in_passes)
 
@@ -574,7 +574,9 @@ def tar_entries(shards):
             warning(f"{shard} {what} ({error})")
         for parts in samples.values():
             image = next((file for ending, file in parts.items() if ending in image_endings()), None)
-            yield image, tar_class(parts), tar_captions(parts)
+            text = parts[".cls"].read_bytes().strip() if ".cls" in parts else b""
+            # 7 digits are no class id: the table of classes has to fit.
+            yield image, int(text) if text.isdigit() and len(text) < 7 else 0, tar_captions(parts)
 
 
 def tar_captions(parts):
@@ -583,12 +585,6 @@ def tar_captions(parts):
         return caption_list(parts[".txt"].read_bytes().decode("utf-8", "replace").splitlines())
     record = json_dict(parts[".json"].read_bytes()) if ".json" in parts else {}
     return caption_list(record.get("text") or record.get("caption"))
-
-
-def tar_class(parts):
-    """The class id in .cls, 0 without one. 7 digits are no id: the table of classes has to fit."""
-    text = parts[".cls"].read_bytes().strip() if ".cls" in parts else b""
-    return int(text) if text.isdigit() and len(text) < 7 else 0
 
 
 def load_data(name, split, size=32, n=None, data_dir=None, flip=None, ranges=(), captioned=False):

@@ -2,9 +2,9 @@
 
     [condition | token 0 | token 1 | ... | token N-2]  ->  logits of tokens 0, 1, ..., N-1
 
-Shapes: B images, T tokens given so far, N = block_size tokens of a whole image, V vocabulary,
-        L condition tokens, S = L + T sequence, D model width, H heads, G key-value heads, d = D / H head
-        width, F feed-forward width, E caption feature width.
+Shapes: B images, R sequences (B, or 2 B with guidance), T tokens given so far, N = block_size tokens of an
+        image, V vocabulary, L condition tokens, S = L + T sequence, D model width, H heads, G key-value
+        heads, d = D / H head width, E caption feature width.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2. RMSNorm (Zhang 2019), SwiGLU (Shazeer 2020), RoPE (Su 2021).
 Run:    python model.py              # the shapes of one forward pass
 """
@@ -115,7 +115,7 @@ class KVCache:
     """The keys and values of one layer for R sequences, each (R, G, L + N, d), filled from left to right.
 
     What a token looks at does not change when others follow it, so its key and value are computed once. The
-    shape never changes either: nothing is allocated while decoding, and a compiled step serves all places.
+    shape changes in keep_first only: nothing is allocated while decoding, a compiled step serves all places.
     """
 
     def __init__(self, R, G, length, d, dtype, device):
@@ -160,8 +160,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x): w1 decides how much of w3 x passes. Three matrices instead of two, so
-    F = 2/3 of the usual 4 D keeps their number of weights; rounded up to 256s, as hardware likes it."""
+    """SwiGLU: w2(silu(w1 x) * w3 x): w1 decides how much of w3 x passes. Three matrices instead of two: 2/3
+    of the usual width of 4 D keeps the number of weights; rounded up to 256s, as hardware likes it."""
 
     def __init__(self, config):
         super().__init__()
@@ -266,9 +266,8 @@ class GPT(nn.Module):
         self.cls_embedding = LabelEmbedder(config) if config.model_type == "c2i" else CaptionEmbedder(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.tok_dropout = nn.Dropout(config.token_dropout)
-        depth = max(config.n_layer - 1, 1)
-        self.layers = nn.ModuleList(Block(config, config.drop_path * i / depth)
-                                    for i in range(config.n_layer))
+        last = max(config.n_layer - 1, 1)
+        self.layers = nn.ModuleList(Block(config, config.drop_path * i / last) for i in range(config.n_layer))
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.rope = rope_table(config)

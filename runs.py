@@ -105,6 +105,10 @@ def add_training_flags(parser, out, minutes):
     add("--compile", action="store_true", help="compile forward and backward: slow start, faster steps")
     add("--eval-every", type=counting, default=500, help="steps between checkpoints")
     add("--log-every", type=counting, default=20, help="steps between lines of the log")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr-final", type=share, default=0.02, help="end of the cosine as a share of --lr; 1: constant")
+    add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
+    add("--ema", type=share, default=0.995, help="decay of the averaged weights that are saved; 0: off")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -114,7 +118,8 @@ def pick_device(name):
     """The device asked for, or the best one present; under torchrun, each process its own GPU."""
     local = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     best = local if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with explained(f"--device {name} is not usable here", f"use {best}", (RuntimeError, AssertionError)):
+    cure = "use another one, and under torchrun at most one process for each GPU"
+    with explained(f"--device {name or best} is not usable here", cure, (RuntimeError, AssertionError)):
         device = torch.device(local if name == "cuda" else name or best)
         torch.zeros(1, device=device)
     if device.type == "cuda":
@@ -251,7 +256,7 @@ class Progress:
         self.new_log = self.log_path.with_suffix(".new.jsonl")
         if self.fresh:
             self.new_log.write_text("")
-        self.started = time.perf_counter() - seconds
+        self.first, self.started = self.step, time.perf_counter() - seconds
         self.begin_stretch()
 
     def __enter__(self):
@@ -288,7 +293,7 @@ class Progress:
         """A step is over. numbers, a dict of scalar tensors, are added up where they are: nothing waits."""
         for name, value in numbers.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        if self.args.compile and self.bar.n == self.bar.initial:
+        if self.args.compile and self.step == self.first:
             self.started += self.seconds() - self.since_seconds  # compiling is not training
         # A sum that is NaN or infinite stays so: this counts the steps before the first bad one.
         self.good += torch.stack(list(self.sums.values())).isfinite().all()
@@ -303,8 +308,8 @@ class Progress:
                              f"{self.args.out} stays as it was last saved; try a lower --lr")
 
     def means(self):
-        """The mean of each number since the last call, and the steps per second. Apart from evaluating and
-        saving, this is where the CPU waits for the device."""
+        """The mean of each number since the last call (steps without it count as 0), and the steps per
+        second. Apart from evaluating and saving, this is where the CPU waits for the device."""
         self.check()
         steps = self.step - self.since
         values = (torch.stack(list(self.sums.values())) / steps).tolist()
@@ -343,6 +348,10 @@ MAY_CHANGE = {"out", "resume", "minutes", "steps", "device", "compile", "eval_ev
 def resume_state(args, *needed):
     """The checkpoint in --out with everything needed to go on (`needed`: what only this script's have), or
     None for a fresh run. InputError names the flag that differs from that run's."""
+    if rank_and_world()[1] > 1:
+        raise InputError("training runs in one process: start it with python, not with torchrun")
+    if Path(args.out).is_dir():
+        raise InputError(f"--out {args.out} is a folder: give the name of a file in it")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         return None

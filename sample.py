@@ -95,8 +95,8 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
         cond = torch.cat([cond, gpt.cls_embedding.null(cond)])               # (R, ...)
         # The null caption is seen through the same mask, as in the training of the released models.
         cond_mask = cond_mask if cond_mask is None else twice(cond_mask)
-    # All that has a size is made here, once: in the loop every step has the same shapes, a compiled step is
-    # compiled once, and nothing is copied to the CPU before the last token is drawn.
+    # All that has a size is made here, once: until guidance ends (keep_first) every step has the same shapes,
+    # so it is compiled once; and nothing is copied to the CPU before the last token is drawn.
     mask = gpt.attention_mask(cond_mask)
     caches = gpt.new_caches(len(cond))
     places = torch.arange(L + N, device=cond.device)
@@ -139,7 +139,7 @@ def load_models(args, device):
     if vq.config.codebook_size != gpt.config.vocab_size:
         raise InputError(f"{apart}predicts {gpt.config.vocab_size:,} tokens, the codebook has "
                          f"{vq.config.codebook_size:,} entries")
-    if checkpoint.get("vq_hash", weights_hash(vq)) != weights_hash(vq):
+    if "vq_hash" in checkpoint and checkpoint["vq_hash"] != weights_hash(vq):
         raise InputError(f"{apart}was trained on the tokens of another tokenizer. Pass that one as --vq, or "
                          f"run train_gpt.py again")
     own = "class_names" in checkpoint

@@ -23,7 +23,7 @@ def ngon(n, start=-90, radius=1.0, x=0.0, y=0.0):
 
 
 def star(points=5, inner=0.42):
-    """Corners by turns on a circle of radius 1 and, half a step further, on one of radius `inner`."""
+    """Corners by turns on a circle of radius 1 and, half a step on, of radius `inner`."""
     return np.stack([ngon(points), ngon(points, -90 + 180 / points, inner)], axis=1).reshape(-1, 2)
 
 
@@ -56,8 +56,7 @@ KINDS = {
     "cross": [cross()],
     "crescent": [ngon(64), ngon(64, radius=0.85, x=0.5)],
 }
-# Colours are bright and backgrounds dark, grey or white: every shape can be told from every background, under
-# the strongest light as well (it changes a value by 17 % at the corners).
+# Every shape can be told from every background, under the strongest light too (17 % at the corners).
 COLOURS = {"red": (222, 40, 44), "orange": (247, 140, 22), "yellow": (252, 222, 48), "green": (52, 178, 74),
            "cyan": (64, 208, 232), "blue": (56, 100, 236), "purple": (150, 64, 200), "pink": (248, 132, 190)}
 BACKGROUNDS = {"black": (18, 18, 22), "white": (240, 240, 238), "gray": (122, 124, 128), "navy": (20, 28, 84),
@@ -69,9 +68,8 @@ SCENES_COUNT = {"train": 10_000, "test": 2_000}
 
 
 def shape_attributes(split, index, seed=0):
-    """What picture `index` of a split shows: its words and its continuous parameters, from (seed, split,
-    index) alone. The split is part of the generator's key, so train and test are different streams, and two
-    pictures differ in position, light direction and light strength even where all their words agree."""
+    """What picture `index` of a split shows: words and continuous parameters, from (seed, split, index)
+    alone. Train and test are different streams; pictures whose words agree differ in place and light."""
     rng = np.random.default_rng((seed, ("train", "test").index(split), index))
     pick = lambda names: list(names)[rng.integers(len(names))]
     item = dict(kind=pick(KINDS), colour=pick(COLOURS), background=pick(BACKGROUNDS), size=pick(SIZES))
@@ -116,12 +114,11 @@ def render(items, size):
 
 def shape_mask(item, size, oversample=4):
     """How much of each pixel the shape covers, uint8 (size, size): drawn 4 times too large, then averaged."""
-    canvas = Image.new("L", (size * oversample,) * 2)
-    draw = ImageDraw.Draw(canvas)
     scale = size * oversample
+    canvas = Image.new("L", (scale, scale))
     for outline, fill in zip(KINDS[item["kind"]], (255, 0)):
         points = (outline * item["radius"] + (item["x"], item["y"])) * scale - 0.5
-        draw.polygon(points.ravel().tolist(), fill=fill)
+        ImageDraw.Draw(canvas).polygon(points.ravel().tolist(), fill=fill)
     return np.asarray(canvas.reduce(oversample))
 
 
@@ -130,8 +127,7 @@ def shape_mask(item, size, oversample=4):
 # Which word belongs to which shape is what a model of captions has to learn; unseen pairs show if it did.
 
 def scene_attributes(split, index, seed=0):
-    """What scene `index` of a split shows, as shape_attributes tells it for one shape: "shapes" are the two
-    in the caption's order, "relation" is where the first one lies."""
+    """As shape_attributes, of two "shapes" in the caption's order; "relation": where the first one lies."""
     rng = np.random.default_rng((seed, 2 + ("train", "test").index(split), index))
     pairs = [(kind, colour) for kind in KINDS for colour in COLOURS]
     # 0.46 +- 0.04 apart and of radius 0.2, the two never touch, whichever kinds they are.
@@ -155,12 +151,11 @@ def held_out(shape):
 
 
 def captioned_items(split="train", n=None, seen=True, seed=0):
-    """What the pictures of one, then those of two shapes show, dicts with their captions. seen: those without
-    a held-out pair; else only those with one. n: so many of them, evenly spread."""
-    keep = lambda item: seen != any(held_out(shape) for shape in item.get("shapes", [item]))
+    """What the pictures of one, then those of two shapes show; n of them, evenly spread. seen: those without
+    a held-out pair; else only those with one."""
     items = [shape_attributes(split, i, seed) for i in range(SHAPES_COUNT[split])]
     items += [scene_attributes(split, i, seed) for i in range(SCENES_COUNT[split])]
-    items = [item for item in items if keep(item)]
+    items = [item for item in items if seen != any(map(held_out, item.get("shapes", [item])))]
     return [items[i * len(items) // n] for i in range(n)] if n and n < len(items) else items
 
 
@@ -196,8 +191,7 @@ CAPTION = re.compile(f"{SHAPE.format(0)}(?: (?P<relation>{'|'.join(RELATIONS)}) 
 def parse_caption(caption):
     """The attributes that a caption names: the inverse of `describe`."""
     match = CAPTION.fullmatch(caption)
-    known = {"kind0": KINDS, "kind1": KINDS, "colour0": COLOURS, "colour1": COLOURS,
-             "background": BACKGROUNDS}
+    known = dict(kind0=KINDS, kind1=KINDS, colour0=COLOURS, colour1=COLOURS, background=BACKGROUNDS)
     if not match or any(match[name] not in (*words, None) for name, words in known.items()):
         raise InputError(f'"{caption}" is not a caption of shapes, such as "a large red star on a navy '
                          'background" or "a red circle left of a blue square on a white background"')

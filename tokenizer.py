@@ -233,7 +233,7 @@ class VectorQuantizer(nn.Module):
                 "commitment": self.config.commitment_weight * (zq.detach() - flat).square().mean(),
                 "entropy": self.entropy_loss(flat, codes),
             }
-        # Straight-through: forward gives zq, backward treats the lookup as the identity, d zq / d z = 1.
+        # Straight-through: forward gives zq, backward treats the lookup as the identity, d zq / d flat = 1.
         zq = flat + (zq - flat).detach()
         return zq.transpose(1, 2).reshape(z.shape), tokens, losses
 

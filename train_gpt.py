@@ -95,10 +95,10 @@ def code_batches(codes, kept, conditions, batch_size, seed, start=0, device="cpu
 
     codes  (M, K, N) uint16, memory-mapped: only what a batch asks for is read
     kept   the pictures to use, a part of 0 .. M-1
-    start  the first step: the random numbers follow from (seed, step), so a resumed run draws the same
+    start  the number of the first batch: random numbers follow from (seed, number), also in a resumed run
     """
-    for step, index in enumerate(batch_indices(len(kept), batch_size, seed, start), start):
-        rng, pictures = np.random.default_rng((seed, step)), kept[index.numpy()]
+    for number, index in enumerate(batch_indices(len(kept), batch_size, seed, start), start):
+        rng, pictures = np.random.default_rng((seed, number)), kept[index.numpy()]
         crop = rng.integers(codes.shape[1], size=len(pictures))
         tokens = torch.from_numpy(codes[pictures, crop].astype(np.int64))
         yield to_device(tokens, device), conditions.draw(pictures, rng)
@@ -140,8 +140,8 @@ def save_samples(gpt, text, vq, conditions, device, path, args, columns=8):
 # The model and its optimizer
 
 @torch.no_grad()
-def quick_start(gpt, codes):
-    """First weights from which a small GPT learns in half the steps. codes (V, C): the codebook, unit length.
+def quick_start(gpt, codebook):
+    """First weights from which a small GPT learns in half the steps. codebook (V, C): unit vectors.
 
     Adam moves each weight by about the learning rate. At the paper's 1e-4, weights that start with a std of
     0.02 remain what they are for hundreds of steps; at rates for runs of minutes they are washed away in a
@@ -150,11 +150,11 @@ def quick_start(gpt, codes):
     matrices that keep the length of a normalised input: a sum over D channels with weights of variance 1 / D.
     Those that end a branch start at 0, every block as the identity.
     """
-    V, C = codes.shape
+    V, C = codebook.shape
     D = gpt.config.dim
     # Longer than a step of Adam by far, shorter than 1, so that 1,000 steps can still turn them; the part of
     # their own is half of the shared part: look-alikes start alike, yet no two are the same.
-    gpt.tok_embeddings.weight.copy_(0.5 * codes @ torch.randn(C, D) + 0.25 * torch.randn(V, D))
+    gpt.tok_embeddings.weight.copy_(0.5 * codebook @ torch.randn(C, D) + 0.25 * torch.randn(V, D))
     for layer in gpt.layers:
         for linear in (layer.attention.wqkv, layer.feed_forward.w1, layer.feed_forward.w3):
             nn.init.normal_(linear.weight, std=D ** -0.5)
@@ -205,8 +205,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("text").add_argument
     add("--text-encoder", default="tiny", metavar="tiny|FOLDER", help="tiny: a small one, trained along; or "
         "a folder with FLAN-T5's config.json, weights and spiece.model")
-    add("--text-length", type=counting,
-        help="L; if left out the longest caption's, at most 32; for FLAN-T5 120")
+    add("--text-length", type=counting, help="L; if left out the longest caption's (to 32); for FLAN-T5 120")
     add("--live-features", action="store_true", help="run FLAN-T5 in every step, not once into a file")
     add("--text-lr", type=share, default=0.1,
         help="rate for what reads captions, a share of --lr; 1 in the paper")
@@ -222,11 +221,8 @@ def get_args(argv=None):
     add("--batch-size", type=counting, default=16, help="pictures per step; 256 in the paper")
     add("--grad-accum", type=counting, default=1, help="batches whose gradients make one step")
     add("--lr", type=positive, default=1.5e-3, help="peak learning rate; 1e-4 in the paper")
-    add("--lr-final", type=share, default=0.02, help="end of the cosine as a share of --lr; 1: constant")
     add("--warmup", type=natural, default=100, help="steps of linear warm-up; 0 in the paper")
     add("--weight-decay", type=not_negative, default=0.05, help="of tensors with 2 dimensions and more")
-    add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
-    add("--ema", type=share, default=0.995, help="decay of the averaged weights that are saved; 0: off")
     add("--cfg-scale", type=finite, help="guidance of the previews; sample.py's if left out")
     add("--temperature", type=not_negative, help="of the previews; sample.py's if left out")
     return parser.parse_args(argv)
@@ -266,7 +262,7 @@ def main(args):
     # beta2 is 0.95 for the reason that train_vq.adam gives; decay and rates differ by group
     optimizer = torch.optim.AdamW(parameter_groups(nets, args.weight_decay, args.text_lr), lr=args.lr,
                                   betas=(0.9, 0.95), fused=True)
-    # 3. Go on where the checkpoint was. pop: it is some times as large as the model, so it is not kept
+    # 3. Go on where the checkpoint was. pop: it is several times as large as the model, so it is not kept
     if state:
         best["gpt"].load_state_dict(state.pop("model"))
         nets.load_state_dict(state.pop("raw"))
@@ -274,7 +270,7 @@ def main(args):
     batch_size = min(args.batch_size, len(kept))
     tokens_per_step = batch_size * args.grad_accum * N
     print(f"GPT {args.init or args.size}: {sum(p.numel() for p in nets.parameters()):,} parameters on "
-          f"{device}, products in {str(fast_dtype(device))[6:]}; {len(kept):,} pictures of {N} tokens, "
+          f"{device}, products in {fast_dtype(device)}; {len(kept):,} pictures of {N} tokens, "
           f"{len(train.names):,} different conditions; {tokens_per_step:,} tokens per step")
     forward = torch.compile(gpt) if args.compile else gpt
     preview = Path(args.out).with_suffix(".png")
@@ -290,7 +286,7 @@ def main(args):
         models = best["gpt"], best["text"] if learns else text
         save_samples(*models, vq, test, device, preview, args)
         nats = validation_loss(*models, test_codes, test_kept, test, device, count)
-        best.train(not args.ema)
+        nets.train()                                             # with --ema 0 best is nets itself
         return nats
 
     # 4. The loop

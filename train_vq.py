@@ -1,7 +1,7 @@
 """Train the image tokenizer: L2 + LPIPS + PatchGAN on the picture, codebook and commitment loss on the codes.
 
-Shapes: B images, H x W pixels, h x w latent grid, N = h w tokens, D feature channels, C code channels,
-        V codebook entries.
+Shapes: B images, H x W pixels, h x w a smaller grid (of latents, VGG's features or patches), N tokens of an
+        image, D feature channels, C code channels, V codebook entries.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.1; LPIPS (Zhang 2018); PatchGAN (Isola 2017);
         VQGAN (Esser 2021).
 Run:    python train_vq.py                                         # shapes, 2 minutes on a laptop
@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from data import find_file, image_grid, load_data, spread
 from runs import (InputError, Progress, add_training_flags, counting, fast_dtype, fill_weights, finite,
                   flag_parser, learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
-                  read_checkpoint, resume_state, run, share, update_ema)
-from tokenizer import (VQ_SIZES, VQConfig, VQModel, evaluate, load_tokenizer, to_float, to_pictures, to_uint8,
-                       tokenize_in_passes)
+                  read_checkpoint, resume_state, run, update_ema)
+from tokenizer import (VQ_SIZES, VQConfig, VQModel, evaluate, load_tokenizer, to_pictures, tokenize_in_passes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -114,11 +113,11 @@ class PatchDiscriminator(nn.Module):
 
 def discriminator_loss(real, fake, kind="hinge"):
     """What the discriminator minimises, from its logits on real and on reconstructed patches."""
-    # max(0, 1 - D(x)) + max(0, 1 + D(y)): indifferent once the margin is kept
+    # 1/2 (max(0, 1 - D(x)) + max(0, 1 + D(y))): indifferent once the margin is kept
     if kind == "hinge":
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-    # -log sigmoid(D(x)) - log(1 - sigmoid(D(y))), with softplus(t) = log(1 + e^t) for numerical safety. The
-    # vanilla and the non-saturating game share this half and differ in what the generator minimises.
+    # 1/2 (-log sigmoid(D(x)) - log(1 - sigmoid(D(y)))), with softplus(t) = log(1 + e^t) for numerical safety.
+    # The vanilla and the non-saturating game share this half and differ in what the generator minimises.
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
@@ -182,10 +181,7 @@ def get_args(argv=None):
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch-size", type=counting, default=32, help="pictures per step; 128 in the paper")
     add("--lr", type=positive, default=2e-3, help="peak learning rate; 1e-4 in the paper")
-    add("--lr-final", type=share, default=0.02, help="end of the cosine as a share of --lr; 1: constant")
     add("--warmup", type=natural, default=50, help="steps of linear warm-up; 0 in the paper")
-    add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
-    add("--ema", type=share, default=0.995, help="decay of the averaged weights, which are saved; 0: off")
     add("--restart-every", type=natural, default=50,
         help="steps between restarts of unused codes, to 80%%; 0: never")
     add = parser.add_argument_group("losses").add_argument
@@ -257,8 +253,9 @@ def main(args):
     best = copy.deepcopy(vq).eval().requires_grad_(False) if args.ema else vq    # what is saved and looked at
     disc = PatchDiscriminator(args.image_size).to(device)
     optimizer, disc_optimizer = adam(vq, args.lr), adam(disc, args.lr)
-    used, since_restart = torch.zeros(2, config.codebook_size, device=device)    # how often each entry was
-    # 2. Go on where the checkpoint was. pop: it is some times as large as the model, so it is not kept
+    # How often each entry was used, since the last line of the log and since the last restart
+    used, since_restart = torch.zeros(2, config.codebook_size, device=device)
+    # 2. Go on where the checkpoint was. pop: it is several times as large as the model, so it is not kept
     if state:
         best.load_state_dict(state.pop("model"))
         for key, part in (("raw", vq), ("optimizer", optimizer), ("disc", disc),
@@ -266,9 +263,9 @@ def main(args):
             part.load_state_dict(state.pop(key))
         since_restart += state.pop("since_restart").to(device)
     N = (args.image_size // config.downsample) ** 2
-    print(f"{name}: {sum(p.numel() for p in vq.parameters()):,} parameters on {device}, matrix products in "
-          f"{str(fast_dtype(device))[6:]}; {len(train):,} pictures of {args.image_size}x{args.image_size} "
-          f"pixels -> {N} tokens out of {config.codebook_size:,}")
+    print(f"{name}: {sum(p.numel() for p in vq.parameters()):,} parameters on {device}, products in "
+          f"{fast_dtype(device)}; {len(train):,} pictures of {args.image_size}x{args.image_size} pixels -> "
+          f"{N} tokens out of {config.codebook_size:,}")
     forward = torch.compile(vq) if args.compile else vq
     preview = Path(args.out).with_suffix(".png")
 

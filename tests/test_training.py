@@ -475,6 +475,7 @@ def test_wrong_input_is_one_clear_line_and_not_a_traceback(trained, tmp_path, mo
         (train_vq, ["--image-size", "30"], "multiple of 4"),
         (train_vq, ["--resume", "--out", tmp_path / "none.pt"], "does not exist"),
         (train_vq, ["--device", "warp"], "--device warp"),
+        (train_vq, ["--out", tmp_path / "empty"], "is a folder"),
         (train_vq, ["--steps", "1", "--out", "/proc/none/vq.pt"], "/proc/none"),
         (train_gpt, ["--seed", "-1"], "not 0 or more"),
         (train_gpt, ["--dropout", "1.5"], "between 0 and 1"),
@@ -494,6 +495,12 @@ def test_wrong_input_is_one_clear_line_and_not_a_traceback(trained, tmp_path, mo
         told += end.value.code.splitlines() if isinstance(end.value.code, str) else []
         assert end.value.code != 0 and "error" in told[-1] and expected in told[-1], (flags, told)
         assert len(told) == 1 + (" [flags]" in told[0]), (flags, told)
+
+
+def test_several_processes_do_not_train_into_one_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="not with torchrun"):
+        run_vq(tmp_path, "--steps", "1")
 
 
 def test_a_command_ends_with_one_line_and_exit_status_1(tmp_path):
