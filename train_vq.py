@@ -262,10 +262,9 @@ def main(args):
                           ("disc_optimizer", disc_optimizer)):
             part.load_state_dict(state.pop(key))
         since_restart += state.pop("since_restart").to(device)
-    N = (args.image_size // config.downsample) ** 2
     print(f"{name}: {sum(p.numel() for p in vq.parameters()):,} parameters on {device}, products in "
           f"{fast_dtype(device)}; {len(train):,} pictures of {args.image_size}x{args.image_size} pixels -> "
-          f"{N} tokens out of {config.codebook_size:,}")
+          f"{(args.image_size // config.downsample) ** 2} tokens out of {config.codebook_size:,}")
     forward = torch.compile(vq) if args.compile else vq
     preview = Path(args.out).with_suffix(".png")
 
