@@ -8,6 +8,7 @@ also scenes of two. Every picture is drawn when it is asked for, the same on eve
 
 Shapes: M pictures of size x size pixels.
 """
+import functools
 import re
 
 import numpy as np
@@ -150,12 +151,18 @@ def held_out(shape):
     return (3 * list(KINDS).index(shape["kind"]) + list(COLOURS).index(shape["colour"])) % 10 == 0
 
 
+@functools.cache                     # it takes seconds, and a judge of captions asks for the same items again
+def every_item(split, seed, singles, scenes):
+    """What all pictures of a split show: those of one shape, then those of two."""
+    return ([shape_attributes(split, i, seed) for i in range(singles)] +
+            [scene_attributes(split, i, seed) for i in range(scenes)])
+
+
 def captioned_items(split="train", n=None, seen=True, seed=0):
     """What the pictures of one, then those of two shapes show; n of them, evenly spread. seen: those without
     a held-out pair; else only those with one."""
-    items = [shape_attributes(split, i, seed) for i in range(SHAPES_COUNT[split])]
-    items += [scene_attributes(split, i, seed) for i in range(SCENES_COUNT[split])]
-    items = [item for item in items if seen != any(map(held_out, item.get("shapes", [item])))]
+    items = [item for item in every_item(split, seed, SHAPES_COUNT[split], SCENES_COUNT[split])
+             if seen != any(map(held_out, item.get("shapes", [item])))]
     return [items[i * len(items) // n] for i in range(n)] if n and n < len(items) else items
 
 
