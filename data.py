@@ -15,6 +15,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from runs import (DEVICE_HELP, InputError, SharedArray, counting, explained, flag_parser, pick_device,
                   rank_and_world, run, short_hash, wait_for_all, weights_hash, whole_file)
-from shapes import KINDS, SHAPES_COUNT, captioned_shapes, draw_shapes
+from shapes import KINDS, SHAPES_COUNT, captioned_shapes, draw_shapes, spread
 from tokenizer import (codebook_statistics, load_tokenizer, peak_signal_to_noise, to_float, to_pictures,
                        tokenize_in_passes)
 
@@ -277,11 +278,6 @@ def random_crop(image, size, rng, min_share=0.8):
 # ------------------------------------------------------------------------------------------------------------
 # Data sets for training
 
-def spread(items, n):
-    """n of the items, evenly spread over the list; all if n is None or not smaller."""
-    return [items[i * len(items) // n] for i in range(n)] if n and n < len(items) else items
-
-
 def batch_indices(count, batch_size, seed, start=0):
     """Endless batches of indices, (B,): a new order every epoch, the same for the same (seed, step), so that
     a resumed run sees what an uninterrupted one would have seen. `start`: the first step."""
@@ -457,7 +453,8 @@ class FolderData(Pictures):
     def batches(self, batch_size, seed, start=0, device="cpu"):
         """Endless training batches (B, 3, H, W) in [-1, 1], cropped at random the same way for the same
         (seed, step). What could not be read in the first epoch is told at its end."""
-        order, again = (batch_indices(len(self), batch_size, seed, start) for _ in range(2))
+        # The loader takes its batches ahead of time; the second iterator is where this loop has come to.
+        order, again = itertools.tee(batch_indices(len(self), batch_size, seed, start))
         keys = ([(i, seed + step) for i in index.tolist()] for step, index in enumerate(order, start))
         skipped = []
         for count, (index, (images, labels)) in enumerate(zip(again, self.loader(keys)), 1):
@@ -732,20 +729,20 @@ def check_codes(folder, vq, vq_hash, device, path, count=8):
     codes, labels, about = read_codes(folder)                    # (M, K, N), (M,)
     M, K, N = codes.shape
     data, V = load_data(**about["data"]), vq.config.codebook_size
-    if (data.size / vq.config.downsample) ** 2 != N or codes.max() >= V:
+    good = np.flatnonzero(labels >= 0)
+    # In blocks, and in one pass: ImageNet's codes need not fit in memory. 65,536: all that 16 bits can hold.
+    blocks = np.array_split(good, math.ceil(len(good) / 10_000))
+    counts = sum(np.bincount(codes[block].ravel(), minlength=65536) for block in blocks)
+    if (data.size / vq.config.downsample) ** 2 != N or counts[V:].any():
         raise InputError(f"{folder} holds {N} tokens of each crop of {data.size} pixels, up to number "
-                         f"{codes.max()}. This tokenizer has {V:,} entries and makes one token of every "
-                         f"{vq.config.downsample} pixels: pass the one they were made with")
+                         f"{np.flatnonzero(counts).max()}. This tokenizer has {V:,} entries and makes one token of "
+                         f"every {vq.config.downsample} pixels: pass the one they were made with")
     if about["vq_hash"] != vq_hash:
         # Not an error: the grid fits, and how badly the codes of another tokenizer decode is worth seeing.
         warning(f"{folder} was made with another tokenizer than this one")
     if code_key(about["vq_hash"], data) != about["key"]:
         warning(f"the pictures of {about['data']['name']} have changed since the extraction")
-    good = np.flatnonzero(labels >= 0)
-    # In blocks: ImageNet's codes need not fit in memory.
-    blocks = np.array_split(good, math.ceil(len(good) / 10_000))
-    counts = sum(np.bincount(codes[block].ravel(), minlength=V) for block in blocks)
-    usage, perplexity = codebook_statistics(torch.from_numpy(counts))
+    usage, perplexity = codebook_statistics(torch.from_numpy(counts[:V]))
     print(f"{M:,} pictures x {K} crops x {N} tokens, {len(about['class_names'])} classes, "
           f"{len(about['skipped'])} pictures skipped")
     print(f"{usage:.1%} of {V:,} codebook entries used; entropy {math.log2(perplexity):.2f} of at most "

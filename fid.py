@@ -530,9 +530,14 @@ class ImageSet:
         make = lambda: stack_features(net, self.batches(args.batch_size), self.count, device, self.path.name)
         if not args.cache:
             return make()
-        key = short_hash([weights_hash(net), *((path.name, hashlib.sha256(np.memmap(path, mode="r")).digest())
+        key = short_hash([weights_hash(net), *((path.name, hashlib.sha256(file_bytes(path)).digest())
                                                for path in self.files or [self.path])])
         return remembered(self.path.with_name(f"{self.path.name}.{key}.features.npz"), make)
+
+
+def file_bytes(path):
+    """What is in a file, mapped, not read: an .npz may have gigabytes. Empty files cannot be mapped."""
+    return np.memmap(path, mode="r") if path.stat().st_size else b""
 
 
 def stack_features(net, batches, count, device, name):

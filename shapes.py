@@ -151,6 +151,11 @@ def held_out(shape):
     return (3 * list(KINDS).index(shape["kind"]) + list(COLOURS).index(shape["colour"])) % 10 == 0
 
 
+def spread(items, n):
+    """n of the items, evenly spread over the list; all if n is None or not smaller."""
+    return [items[i * len(items) // n] for i in range(n)] if n and n < len(items) else items
+
+
 @functools.cache                     # it takes seconds, and a judge of captions asks for the same items again
 def every_item(split, seed, singles, scenes):
     """What all pictures of a split show: those of one shape, then those of two."""
@@ -163,7 +168,7 @@ def captioned_items(split="train", n=None, seen=True, seed=0):
     a held-out pair; else only those with one."""
     items = [item for item in every_item(split, seed, SHAPES_COUNT[split], SCENES_COUNT[split])
              if seen != any(map(held_out, item.get("shapes", [item])))]
-    return [items[i * len(items) // n] for i in range(n)] if n and n < len(items) else items
+    return spread(items, n)
 
 
 def captioned_shapes(split="train", n=None, size=32, seen=True, seed=0):

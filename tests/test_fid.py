@@ -606,3 +606,14 @@ def test_the_reader_learns_from_its_answers():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_an_empty_file_among_pictures_is_one_clear_line_with_the_cache_too(tmp_path, inception):
+    torch.save(inception.state_dict(), tmp_path / "weights.pth")
+    (tmp_path / "set").mkdir()
+    for i, pixels in enumerate(pictures(2, 0)):
+        Image.fromarray(pixels).save(tmp_path / "set" / f"{i}.png")
+    (tmp_path / "set" / "2.png").write_bytes(b"")
+    with pytest.raises(InputError, match="2.png cannot be read"):
+        main(get_args([str(tmp_path / "set"), str(tmp_path / "set"), "--cache", "--device", "cpu",
+                       "--inception", str(tmp_path / "weights.pth")]))

@@ -201,17 +201,23 @@ def test_random_classes_follow_the_seed_and_cover_all(tmp_path, checkpoints):
     assert np.array_equal(labels[0], labels[1]) and not np.array_equal(labels[0], labels[2])
 
 
+def die_at(count, monkeypatch):
+    """Sampling dies once, when it draws its batch number `count`. Returns the list of all that were begun."""
+    drawn, real = [], sample.sample_batch
+
+    def sample_batch(models, conditions, rows, batch, *rest):
+        drawn.append(batch)
+        if len(drawn) == count:
+            raise RuntimeError("killed")
+        return real(models, conditions, rows, batch, *rest)
+    monkeypatch.setattr(sample, "sample_batch", sample_batch)
+    return drawn
+
+
 def test_a_killed_npz_goes_on_where_it_was_and_equals_one_that_was_not(tmp_path, checkpoints, monkeypatch):
     flags = [*checkpoints, "--num-samples", "22", "--batch-size", "5", "--npz"]
     main(get_args([*flags, str(tmp_path / "whole.npz")]))
-    drawn, real = [], sample.sample_batch
-
-    def die_in_the_third(models, conditions, rows, batch, *rest):
-        drawn.append(batch)
-        if len(drawn) == 3:
-            raise RuntimeError("killed")
-        return real(models, conditions, rows, batch, *rest)
-    monkeypatch.setattr(sample, "sample_batch", die_in_the_third)
+    drawn = die_at(3, monkeypatch)
     with pytest.raises(RuntimeError, match="killed"):
         main(get_args([*flags, str(tmp_path / "parts.npz")]))
     assert not (tmp_path / "parts.npz").exists()
@@ -225,6 +231,7 @@ def test_a_killed_npz_goes_on_where_it_was_and_equals_one_that_was_not(tmp_path,
 
 def test_killed_while_packing_nothing_is_drawn_twice(tmp_path, checkpoints, monkeypatch):
     flags = [*checkpoints, "--num-samples", "12", "--batch-size", "5", "--npz", str(tmp_path / "s.npz")]
+
     def die(*args, **named):
         raise RuntimeError("killed")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
@@ -239,14 +246,7 @@ def test_killed_while_packing_nothing_is_drawn_twice(tmp_path, checkpoints, monk
 
 
 def test_unfinished_work_is_not_continued_under_other_flags(tmp_path, checkpoints, monkeypatch):
-    drawn, real = [], sample.sample_batch
-
-    def die_in_the_second(models, conditions, rows, batch, *rest):
-        drawn.append(batch)
-        if len(drawn) == 2:
-            raise RuntimeError("killed")
-        return real(models, conditions, rows, batch, *rest)
-    monkeypatch.setattr(sample, "sample_batch", die_in_the_second)
+    drawn = die_at(2, monkeypatch)
     flags = [*checkpoints, "--num-samples", "12", "--batch-size", "5", "--npz", str(tmp_path / "s.npz")]
     with pytest.raises(RuntimeError, match="killed"):
         main(get_args(flags))
