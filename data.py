@@ -736,7 +736,8 @@ def check_codes(folder, vq, vq_hash, device, path, count=8):
     if (data.size / vq.config.downsample) ** 2 != N or counts[V:].any():
         raise InputError(f"{folder} holds {N} tokens of each crop of {data.size} pixels, up to number "
                          f"{np.flatnonzero(counts).max()}. This tokenizer has {V:,} entries and makes "
-                         f"one token of every {vq.config.downsample} pixels: pass the one that made them")
+                         f"one token of every {vq.config.downsample} pixels: pass the one they were made "
+                         "with")
     if about["vq_hash"] != vq_hash:
         # Not an error: the grid fits, and how badly the codes of another tokenizer decode is worth seeing.
         warning(f"{folder} was made with another tokenizer than this one")
