@@ -24,6 +24,8 @@ import socket
 import sys
 import tarfile
 import textwrap
+import unicodedata
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,14 +70,17 @@ PUBLIC_FILES = {
     ("lpips", "vgg.pth"): ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/",
                            "d507d7349b931f0638a25a48a722f98a"),
 }
+TORCHVISION = {"fashion_mnist": "FashionMNIST", "mnist": "MNIST"}        # its folders have a "raw" in them
 
 
 def find_file(group, name, data_dir=None):
     """Path of one public file: in data_dir, the cache, Debian's data sets (.gz or not), else downloaded."""
-    dashed = group.replace("_", "-")
-    folders = [Path(data_dir) / sub for sub in ("", group, dashed)] if data_dir else []
+    dashed, raw = group.replace("_", "-"), Path(TORCHVISION.get(group, group), "raw")
+    folders = [Path(data_dir) / sub for sub in ("", group, dashed, raw, "raw")] if data_dir else []
+    names = [name, name.removesuffix(".gz")]
+    names += [other.replace("-idx", ".idx") for other in names]          # as Kaggle's copies are called
     for folder in (*folders, CACHE / group, DEBIAN / dashed):
-        for candidate in (folder / name, folder / name.removesuffix(".gz")):
+        for candidate in map(folder.joinpath, names):
             if candidate.is_file():
                 return candidate
     return download(group, name)
@@ -187,15 +192,80 @@ def load_array(name, split="train", n=None, data_dir=None, size=32, captioned=Fa
 # ------------------------------------------------------------------------------------------------------------
 # Image files
 
+def visible(folder):
+    """What is in a folder, in order, without hidden things: names that begin with a dot, and __MACOSX, where
+    a Mac's zip keeps notes on its files under the names of those files."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    return [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+
+
+def files_below(folder, above=()):
+    """Every visible file below a folder, in order. Links are followed wherever they stand, but never back to
+    a folder that they lie in."""
+    above = (*above, os.path.realpath(folder))
+    for entry in visible(folder):
+        if not entry.is_dir():
+            yield entry
+        elif os.path.realpath(entry) not in above:
+            yield from files_below(entry.path, above)
+
+
+class Listing:
+    """What --data names, or lies below it: pictures and archives (.tar), lists of Paths in order; a table of
+    captions (.jsonl, in a folder Hugging Face's metadata.jsonl) or None; unused, a Counter of everything else
+    by its ending."""
+
+    def __init__(self, root):
+        self.root, self.pictures, self.archives, self.table, self.unused = Path(root), [], [], None, Counter()
+        for path in map(Path, files_below(root) if self.root.is_dir() else [root]):
+            ending = path.suffix.lower()
+            if not path.is_file():
+                self.unused["links that lead nowhere"] += 1
+            elif ending in image_endings():
+                self.pictures.append(path)
+            elif ending == ".tar":
+                self.archives.append(path)
+            elif path in (self.root, self.root / "metadata.jsonl"):
+                self.table = path
+            else:
+                self.unused[path.suffix or path.name] += 1
+
+    def by_folder(self):
+        """{name of a sub-folder: the pictures below it}; those that lie beside the sub-folders under ""."""
+        groups, depth = {}, len(self.root.parts)
+        for path in self.pictures:
+            groups.setdefault(path.parts[depth] if len(path.parts) > depth + 1 else "", []).append(path)
+        return groups
+
+
 def image_files(folder):
     """All files below a folder whose names end like pictures that Pillow reads, in order."""
-    return [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in image_endings()]
+    return Listing(folder).pictures
 
 
 @functools.cache
 def image_endings():
-    """.jpg, .png and so on: all that this machine's Pillow can open."""
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    """.jpg, .png and so on: all that this machine's Pillow can open. Of five formats it knows no more than
+    the name: features.h5 is no picture."""
+    known = Image.registered_extensions()                # this call fills Image.OPEN as well
+    return {ending for ending, kind in known.items()
+            if kind in Image.OPEN.keys() - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}}
+
+
+# Which sub-folders are the parts of a data set. One of the first kind alone could as well be a class.
+TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("val", "valid", "validation", "test", "testing")
+
+
+def split_folders(root):
+    """(where the training pictures are, where the held-out ones are): both the root itself if it is a file or
+    has no such parts."""
+    folders = {entry.name.lower(): Path(entry.path) for entry in visible(root) if entry.is_dir()
+               } if root.is_dir() else {}
+    train, test = (next((folders[name] for name in names if name in folders), None)
+                   for names in (TRAIN_NAMES, TEST_NAMES))
+    if train and (test or len(folders) == 1):
+        return train, test or train
+    return root, root
 
 
 @dataclass(frozen=True)
@@ -301,9 +371,19 @@ class Pictures:
     again), a fingerprint, and three ways through its pictures: batches (endless, for training), take (chosen
     ones), passes (each once). Nothing else is asked of it, so arrays, folders and archives are exchangeable.
     """
+    place, found, unused = "", 0, Counter()         # where they are, how many there are, and what else
 
     def __len__(self):
         return len(self.labels)
+
+    def __str__(self):
+        """One line of what was found and what was not used, so that nothing is left out without a word."""
+        K, seen = len(self.class_names), len(self.labels[self.labels >= 0].unique())
+        names = f" ({', '.join(self.class_names)})" if K <= 5 else ""
+        classes = f"{K} classes" if seen == K else f"{seen} of {K} classes"
+        what = "captioned pictures" if self.captions else f"pictures of {classes}{names}" if K > 1 else "pictures"
+        part = f"{len(self):,} of {self.found:,}" if self.found > len(self) else f"{len(self):,}"
+        return f"{part} {what} in {self.place}" + told(self.unused, "; not used: ")
 
     def passes(self, batch_size):
         """One pass in order: uint8 (B, K, 3, H, W) and labels (B,), without the unreadable pictures."""
@@ -324,13 +404,21 @@ class Pictures:
                     f"{', '.join(names[:5])}{more}")
 
 
+def told(unused, words):
+    """ "; not used: 50 .HEIC, a.tar" from a Counter, the largest first; nothing if all counts are 0."""
+    counts = [what if (count, ending) == (1, ".tar") else f"{count:,} {what}"
+              for what, count in unused.most_common() if count > 0 for ending in (Path(what).suffix,)]
+    more = f" and {len(counts) - 8} more kinds" if len(counts) > 8 else ""
+    return words + ", ".join(counts[:8]) + more if counts else ""
+
+
 class ArrayData(Pictures):
     """A data set held in memory: a batch is one indexing operation on the device that holds the pixels."""
 
     def __init__(self, name, split, size=32, n=None, data_dir=None, captioned=False):
         images, labels, captions = load_array(name, split, n, data_dir, size, captioned)
         self.captions = [[caption] for caption in captions] if captioned else None   # a list for each picture
-        self.class_names, self.size = CLASS_NAMES[name], size
+        self.class_names, self.size, self.place = CLASS_NAMES[name], size, f"{name} ({split})"
         self.images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # (M, 3, H, W) uint8
         self.labels = torch.from_numpy(labels)                                               # (M,)
         self.crops = 1                              # one version of each picture: these have no margin to cut
@@ -362,11 +450,29 @@ def warning(message):
     print(f"warning: {message}", file=sys.stderr)
 
 
-class FolderData(Pictures):
-    """Pictures in one sub-folder per class (without sub-folders: one class), read when they are needed.
+def hold_out(entries, split):
+    """Of (file, class id, captions) every 20th for the test split, the others to train on; but never the only
+    picture of a class, as long as that leaves any."""
+    count = Counter(label for _, label, _ in entries)
+    every = [i % 20 == 0 for i in range(len(entries))]
+    chosen = [held and count[label] > 1 for held, (_, label, _) in zip(every, entries)]
+    chosen = chosen if any(chosen) else every
+    return [entry for entry, held in zip(entries, chosen) if held == (split == "test")]
 
-    root/train and root/val (or root/test) are the splits where they exist; else every 20th picture is held
-    out. A file that cannot be read is skipped; `warn` counts these files and names the first five.
+
+class FolderData(Pictures):
+    """Pictures in files, read when they are needed: in folders, one for each class, or with captions.
+
+    class folders   root/cat/1.jpg; without sub-folders, or with more pictures beside them, one class
+    .jsonl          a line {"image": path, "text": caption} each, paths as seen from the file; also a folder
+                    with Hugging Face's metadata.jsonl
+    texts           picture.txt beside picture.png; several lines are several captions
+    .tar            picture.jpg and picture.txt or .json ("text" or "caption"), and perhaps .cls, a class id:
+                    one archive, or a folder of them. They are read where they lie, in any order
+
+    Parts of their own, root/train and root/val or test, are the splits; else every 20th picture is held out.
+    With captioned, what has no caption is left out, and nothing is mirrored unless asked: captions speak of
+    left and right. A file that cannot be read is skipped; `warn` counts these and names the first five.
     """
 
     def __init__(self, root, split, size=32, n=None, flip=True, ranges=(), captioned=False):
@@ -374,12 +480,18 @@ class FolderData(Pictures):
         self.crops = (5 * len(self.ranges) or 1) * (2 if flip else 1)       # see fixed_crops
         self.arguments = dict(name=str(root), split=split, size=size, n=n, flip=flip, ranges=list(ranges),
                               captioned=captioned)
-        train, root = Path(root, "train"), Path(root)
-        base = train if train.is_dir() else root
-        other = next((f for f in (root / "val", root / "test") if base == train and f.is_dir()), base)
-        entries = self.find_files(base, other if split == "test" else base)
-        if other == base and len(entries) > 1:
-            entries = [entry for i, entry in enumerate(entries) if (i % 20 == 0) == (split == "test")]
+        base, held_out = split_folders(Path(root))
+        self.place = held_out if split == "test" else base
+        entries = self.find_files(base, self.place)
+        if not entries:
+            raise InputError(
+                f"{self.place} holds no pictures{' with captions' * captioned}{told(self.unused, '. Found: ')}. "
+                + ('Give a .jsonl of {"image": path, "text": caption}, a folder with picture.txt beside '
+                   "picture.png, or .tar archives of such pairs" if captioned else
+                   f"Put them into one sub-folder per class, as in {self.place / 'cat' / 'photo.jpg'}"))
+        self.found = len(entries)
+        if held_out == base and len(entries) > 1:
+            entries = hold_out(entries, split)
         # n: every so many-th file, because the first n of an ordered list would all be of the first class.
         entries = spread(entries, n)
         self.files = [(file, label) for file, label, _ in entries]
@@ -391,21 +503,46 @@ class FolderData(Pictures):
                              f"{self.files[0][0].name}): are they whole, and of a format that Pillow knows?")
 
     def find_files(self, base, source):
-        """(file, class id, captions) of every picture below `source`, not yet read; the classes are those of
-        the training pictures in `base`."""
-        folders = [f.name for f in sorted(base.iterdir()) if f.is_dir() and not f.name.startswith(".")]
-        self.class_names = folders or [base.resolve().name]
-        number, found = {name: label for label, name in enumerate(folders)}, image_files(source)
-        depth = len(source.parts)                    # the part of a path that names the class
-        files = [(path, number.get(path.parts[depth], 0), None) for path in found
-                 if not folders or path.parts[depth] in number]
-        if not files:
-            raise InputError(f"{source} holds no pictures: put them into one sub-folder per class, as in "
-                             f"{source / 'cat' / 'photo.jpg'}")
-        if len(files) < len(found):
-            warning(f"left out {len(found) - len(files)} pictures of {source} that are in no sub-folder of a "
-                    f"class of {base}: move them into one")
+        """(file, class id, captions) of every picture below `source`, not yet read. base: where the training
+        pictures are; their classes count. Sets class_names and unused."""
+        found = Listing(source)
+        self.unused, folders = found.unused, found.by_folder()
+        if found.archives and folders.keys() == {""}:
+            raise InputError(f"{source} holds {len(found.pictures)} pictures beside {len(found.archives)} .tar "
+                             "archives: which are meant? Move the others elsewhere")
+        if folders:
+            few = len(found.archives) < 4
+            self.unused.update(archive.name if few else ".tar" for archive in found.archives)
+            if not self.captioned:
+                return self.class_files(base, source, folders)
+        entries = list(jsonl_entries(found.table) if found.table else tar_entries(found.archives)
+                       if found.archives and not folders else text_entries(found))
+        pictures = [entry for entry in entries if entry[0]]
+        files = [entry for entry in pictures if entry[2] or not self.captioned]
+        self.unused["without a picture"] += len(entries) - len(pictures)
+        self.unused["without a caption"] += len(pictures) - len(files)
+        self.class_names = [str(i) for i in range(1 + max((label for _, label, _ in files), default=0))]
         return files
+
+    def class_files(self, base, source, folders):
+        """Of class folders. folders: {name: pictures} of `source`, "" for those beside the folders."""
+        train = folders if base == source else Listing(base).by_folder()
+        names = [name for name in train if name]
+        if len(train.get("", ())) > sum(len(train[name]) for name in names):
+            # Pictures with a few more in a sub-folder, such as thumbnails, are one class.
+            self.class_names, number = [base.resolve().name], {"": 0}
+        else:
+            # One name may be written in two ways: Dog and dog, or with its accent as a letter of its own.
+            plain = lambda name: unicodedata.normalize("NFC", name).casefold()
+            self.class_names, exact = names, {name: label for label, name in enumerate(names)}
+            number = {plain(name): label for name, label in exact.items()} | exact
+            folders = {name if name in exact else plain(name): paths for name, paths in folders.items()}
+            empty = {entry.name for entry in visible(base) if entry.is_dir()} - train.keys()
+            self.unused["empty class folders"] = len(empty) if base == source else 0
+        for name in folders.keys() - number.keys():
+            where = f"in {name}, no class of {base}" if name else "beside the class folders"
+            self.unused[f"pictures {where}"] += len(folders[name])
+        return [(path, number[name], None) for name in folders if name in number for path in folders[name]]
 
     def fingerprint(self):
         """Of every file path, length and time of change: reading ImageNet's pixels would take hours."""
@@ -480,39 +617,6 @@ def ignore_interrupts(worker):
 # ------------------------------------------------------------------------------------------------------------
 # Pictures with captions
 
-class CaptionedData(FolderData):
-    """Pictures with one or several captions each: a .jsonl, a folder, or .tar archives.
-
-    .jsonl   a line {"image": path, "text": caption} each; paths are relative to the file
-    folder   picture.txt beside picture.png; several lines are several captions
-    .tar     picture.jpg and picture.txt or .json ("text" or "caption") one after the other, and perhaps .cls,
-             a class id: one archive, or a folder of them. They are read where they lie, in any order
-    What has no picture or, with captioned, no caption is left out; one warning counts it. Never mirrored
-    unless asked: captions speak of left and right.
-    """
-
-    def find_files(self, _, source):
-        shards = sorted(source.glob("*.tar")) if source.is_dir() else [source] * (source.suffix == ".tar")
-        found = list(tar_entries(shards) if shards else folder_entries(source) if source.is_dir() else
-                     jsonl_entries(source))
-        pictures = [entry for entry in found if entry[0]]
-        files = [entry for entry in pictures if entry[2] or not self.captioned]
-        lacking = f"{len(found) - len(pictures)} lack the picture, {len(pictures) - len(files)} the caption"
-        if not files:
-            raise InputError(f"{source} holds no pictures with captions: of {len(found)} entries {lacking}. "
-                             'Give a .jsonl of {"image": path, "text": caption}, a folder with picture.txt '
-                             "beside picture.png, or .tar archives of such pairs")
-        if len(files) < len(found):
-            warning(f"left out {len(found) - len(files)} of {len(found)} entries of {source}: {lacking}")
-        beside = len(image_files(source)) if shards and source.is_dir() else 0
-        if beside:
-            warning(f"left out {beside} pictures beside the .tar archives of {source}: move them elsewhere")
-        if not shards and source.is_dir() and any(source.glob("*.jsonl")):
-            warning(f"the .jsonl in {source} is not read, picture.txt beside a picture is: name it to use it")
-        self.class_names = [str(i) for i in range(1 + max(label for _, label, _ in files))]
-        return files
-
-
 def caption_list(found):
     """The captions in a value of a .json: a string, a list of strings, or anything else, which is none."""
     texts = [found] if isinstance(found, str) else found if isinstance(found, list) else []
@@ -528,7 +632,7 @@ def json_dict(text):
 
 
 # Each of the three yields (file or None, class id, captions) per picture. What is missing is not left out
-# here: CaptionedData counts it.
+# here: find_files counts it.
 
 def jsonl_entries(path):
     """A line is a picture. Its path is seen from the .jsonl, so that both can be moved together."""
@@ -542,10 +646,11 @@ def jsonl_entries(path):
         yield file if file and file.is_file() else None, 0, caption_list(record.get("text"))
 
 
-def folder_entries(folder):
-    """A picture file is a picture; its captions are the lines of the .txt of the same name, if any."""
-    for file in image_files(folder):
+def text_entries(found):
+    """Of a Listing: a picture's captions are the lines of the .txt of the same name, if any."""
+    for file in found.pictures:
         text = file.with_suffix(".txt")
+        found.unused[".txt"] -= text.is_file()
         captions = text.read_text(encoding="utf-8", errors="replace").splitlines() if text.is_file() else []
         yield file, 0, caption_list(captions)
 
@@ -586,6 +691,7 @@ def tar_captions(parts):
 
 def load_data(name, split, size=32, n=None, data_dir=None, flip=None, ranges=(), captioned=False):
     """The data set that --data names: one of ARRAY_NAMES, a folder of pictures, a .jsonl or .tar archives.
+    Tells in one line what was found and what was not used.
 
     captioned  only pictures with captions, and with those
     flip       with mirror images; if left out, only where there are no captions
@@ -595,14 +701,16 @@ def load_data(name, split, size=32, n=None, data_dir=None, flip=None, ranges=(),
     if name in ARRAY_NAMES:
         if ranges:
             raise InputError(f"{name} has no margin to cut: ten crops are for folders of larger pictures")
-        return ArrayData(name, split, size, n, data_dir, captioned)
-    path, flip = Path(name), not captioned if flip is None else flip
-    if not path.exists():
-        raise InputError(f"--data {name}: neither a folder, a .jsonl or .tar file, nor one of "
-                         f"{', '.join(ARRAY_NAMES)}")
-    if captioned or path.is_file() or any(path.glob("*.tar")) or any(path.glob("train/*.tar")):
-        return CaptionedData(path, split, size, n, flip, ranges, captioned)
-    return FolderData(path, split, size, n, flip, ranges)
+        data = ArrayData(name, split, size, n, data_dir, captioned)
+    else:
+        path, flip = Path(name), not captioned if flip is None else flip
+        if not path.is_dir() and not (path.is_file() and path.suffix.lower() in (".jsonl", ".tar")):
+            raise InputError(f"--data {name}: neither a folder, a .jsonl or .tar file, nor one of "
+                             f"{', '.join(ARRAY_NAMES)}" + " (unpack it first)" * path.is_file())
+        data = FolderData(path, split, size, n, flip, ranges, captioned)
+    if rank_and_world()[0] == 0:
+        print(data, file=sys.stderr)
+    return data
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -324,27 +324,14 @@ def test_a_worker_hands_over_one_tensor_for_all_pictures_of_a_batch(tmp_path):
         assert images.shape == shape and labels.tolist() == [-1, 0, 1] and not images[0].any()
 
 
-def test_pictures_that_belong_to_no_class_are_counted_in_one_warning(tmp_path, capsys):
+def test_pictures_that_belong_to_no_class_are_counted_in_one_line(tmp_path):
     make_folder(tmp_path / "train", 3)
     make_folder(tmp_path / "val", 2, ("dog", "wolf"))
     Image.new("RGB", (40, 50)).save(tmp_path / "train" / "beside.png")
-    assert len(FolderData(tmp_path, "train")) == 6
-    error = capsys.readouterr().err
-    assert error.count("warning") == 1 and "left out 1 pictures" in error and "sub-folder" in error
-    assert [label for _, label in FolderData(tmp_path, "test").files] == [1, 1]
-    assert "left out 2 pictures" in capsys.readouterr().err
-
-
-def test_pictures_beside_archives_and_a_jsonl_beside_pictures_are_told(tmp_path, capsys):
-    make_pictures(tmp_path, ["a.png", "b.png"])
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.txt").write_text("two")
-    (tmp_path / "a.jsonl").write_text('{"image": "a.png", "text": "one"}')
-    assert len(load_data(tmp_path, "train", 16, captioned=True)) == 1
-    assert ".jsonl in" in capsys.readouterr().err
-    make_tar(tmp_path / "a.tar", [("1.png", png(1)), ("1.txt", b"one")])
-    assert len(load_data(tmp_path, "train", 16, captioned=True)) == 1
-    assert "left out 2 pictures beside the .tar" in capsys.readouterr().err
+    assert str(FolderData(tmp_path, "train")).endswith("not used: 1 pictures beside the class folders")
+    test = FolderData(tmp_path, "test")
+    assert [label for _, label in test.files] == [1, 1]
+    assert f"2 pictures in wolf, no class of {tmp_path / 'train'}" in str(test)
 
 
 def test_empty_and_wholly_broken_folders_are_refused(tmp_path):
@@ -625,7 +612,8 @@ def test_jsonl_paths_are_relative_to_it_and_what_lacks_a_part_is_left_out_and_co
     images, _ = next(train.passes(5))
     assert images[:, 0, 0, 0, 0].tolist() == [10, 20, 30, 40, 0]
     error = capsys.readouterr().err
-    assert "left out 6 of 12" in error and "4 lack the picture, 2 the caption" in error
+    assert "5 of 6 captioned pictures" in error
+    assert "not used: 4 without a picture, 2 without a caption" in error
     assert len(load_data("set/a.jsonl", "train", 16)) == 7       # without captions asked for, pictures count
 
 
@@ -663,7 +651,7 @@ def test_tar_shards_are_read_where_they_lie(tmp_path, capsys):
                                   ("5.png", b"broken"), ("5.txt", b"five")])
     train = load_data(tmp_path, "train", 16, captioned=True)
     assert train.captions == [["two", "zwei"], ["three"], ["five"]] and train.labels.tolist() == [0, 7, 0]
-    assert "left out 2 of 6" in capsys.readouterr().err
+    assert "not used: 1 without a picture, 1 without a caption" in capsys.readouterr().err
     batches = list(train.passes(2))
     assert torch.cat([images for images, _ in batches])[:, 0, 0, 0, 0].tolist() == [2, 4]
     assert "1.tar/5.png" in capsys.readouterr().err              # counted and named as a broken one
@@ -686,12 +674,12 @@ def test_damaged_and_compressed_tars_are_told_in_one_line(tmp_path, capsys):
 
 def test_data_without_captions_are_refused_when_captions_are_asked_for(tmp_path):
     make_folder(tmp_path / "set")
-    with pytest.raises(InputError, match="24 entries 0 lack the picture, 24 the caption"):
+    with pytest.raises(InputError, match="no pictures with captions. Found: 24 without a caption"):
         load_data(tmp_path / "set", "train", captioned=True)
     with pytest.raises(InputError, match="mnist has no captions"):
         load_data("mnist", "train", captioned=True)
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(InputError, match="1 entries 1 lack the picture"):
+    with pytest.raises(InputError, match="no pictures with captions. Found: 1 without a picture"):
         load_data(tmp_path / "a.jsonl", "train", captioned=True)
 
 
@@ -702,7 +690,7 @@ def test_a_jsonl_loses_only_its_damaged_lines(tmp_path, capsys):
                                        2 * good)
     pictures = load_data(tmp_path / "a.jsonl", "train", 16, captioned=True)
     assert pictures.captions == [["one\u2028two"]] * 2
-    assert "left out 1 of 4 entries" in capsys.readouterr().err
+    assert "2 of 3 captioned pictures" in (line := capsys.readouterr().err) and "1 without a picture" in line
 
 
 def test_a_bad_shard_among_others_is_left_out(tmp_path, capsys):
