@@ -211,9 +211,8 @@ def files_below(folder, above=()):
 
 
 class Listing:
-    """What --data names, or lies below it: pictures and archives (.tar), lists of Paths in order; a table of
-    captions (.jsonl, in a folder Hugging Face's metadata.jsonl) or None; unused, a Counter of everything else
-    by its ending."""
+    """What --data names, or lies below it: pictures and archives (.tar), lists of Paths in order; the table
+    of captions, a .jsonl, in a folder Hugging Face's metadata.jsonl; unused, all else, counted by ending."""
 
     def __init__(self, root):
         self.root, self.pictures, self.archives, self.table, self.unused = Path(root), [], [], None, Counter()
@@ -263,9 +262,7 @@ def split_folders(root):
                } if root.is_dir() else {}
     train, test = (next((folders[name] for name in names if name in folders), None)
                    for names in (TRAIN_NAMES, TEST_NAMES))
-    if train and (test or len(folders) == 1):
-        return train, test or train
-    return root, root
+    return (train, test or train) if train and (test or len(folders) == 1) else (root, root)
 
 
 @dataclass(frozen=True)
@@ -379,11 +376,12 @@ class Pictures:
     def __str__(self):
         """One line of what was found and what was not used, so that nothing is left out without a word."""
         K, seen = len(self.class_names), len(self.labels[self.labels >= 0].unique())
-        names = f" ({', '.join(self.class_names)})" if K <= 5 else ""
-        classes = f"{K} classes" if seen == K else f"{seen} of {K} classes"
-        what = "captioned pictures" if self.captions else f"pictures of {classes}{names}" if K > 1 else "pictures"
-        part = f"{len(self):,} of {self.found:,}" if self.found > len(self) else f"{len(self):,}"
-        return f"{part} {what} in {self.place}" + told(self.unused, "; not used: ")
+        part = f" of {self.found:,}" if self.found > len(self) else ""
+        some = f"{seen} of " if seen < K else ""
+        classes = f" of {some}{K} classes" if K > 1 and not self.captions else ""
+        names = f" ({', '.join(self.class_names)})" if classes and K < 6 else ""
+        return (f"{len(self):,}{part} pictures{classes}{names} in {self.place}" +
+                told("; not used: ", self.unused))
 
     def passes(self, batch_size):
         """One pass in order: uint8 (B, K, 3, H, W) and labels (B,), without the unreadable pictures."""
@@ -404,12 +402,10 @@ class Pictures:
                     f"{', '.join(names[:5])}{more}")
 
 
-def told(unused, words):
-    """ "; not used: 50 .HEIC, a.tar" from a Counter, the largest first; nothing if all counts are 0."""
-    counts = [what if (count, ending) == (1, ".tar") else f"{count:,} {what}"
-              for what, count in unused.most_common() if count > 0 for ending in (Path(what).suffix,)]
-    more = f" and {len(counts) - 8} more kinds" if len(counts) > 8 else ""
-    return words + ", ".join(counts[:8]) + more if counts else ""
+def told(words, counts):
+    """The words and what a Counter holds, such as "; not used: 50 .HEIC, 1 a.tar"; nothing if it is empty."""
+    parts = [f"{count:,} {what}" for what, count in counts.most_common() if count > 0]
+    return words + ", ".join(parts) if parts else ""
 
 
 class ArrayData(Pictures):
@@ -454,10 +450,9 @@ def hold_out(entries, split):
     """Of (file, class id, captions) every 20th for the test split, the others to train on; but never the only
     picture of a class, as long as that leaves any."""
     count = Counter(label for _, label, _ in entries)
-    every = [i % 20 == 0 for i in range(len(entries))]
-    chosen = [held and count[label] > 1 for held, (_, label, _) in zip(every, entries)]
-    chosen = chosen if any(chosen) else every
-    return [entry for entry, held in zip(entries, chosen) if held == (split == "test")]
+    every = range(0, len(entries), 20)
+    held_out = {i for i in every if count[entries[i][1]] > 1} or set(every)
+    return [entry for i, entry in enumerate(entries) if (i in held_out) == (split == "test")]
 
 
 class FolderData(Pictures):
@@ -484,11 +479,11 @@ class FolderData(Pictures):
         self.place = held_out if split == "test" else base
         entries = self.find_files(base, self.place)
         if not entries:
-            raise InputError(
-                f"{self.place} holds no pictures{' with captions' * captioned}{told(self.unused, '. Found: ')}. "
-                + ('Give a .jsonl of {"image": path, "text": caption}, a folder with picture.txt beside '
-                   "picture.png, or .tar archives of such pairs" if captioned else
-                   f"Put them into one sub-folder per class, as in {self.place / 'cat' / 'photo.jpg'}"))
+            cure = ('a .jsonl of {"image": path, "text": caption}, a folder with picture.txt beside '
+                    "picture.png, or .tar archives of such pairs" if captioned else
+                    f"one sub-folder per class, as in {self.place / 'cat' / 'photo.jpg'}")
+            raise InputError(f"{self.place} holds no pictures{' with captions' * captioned}"
+                             f"{told('. Found: ', self.unused)}. Give {cure}")
         self.found = len(entries)
         if held_out == base and len(entries) > 1:
             entries = hold_out(entries, split)
@@ -508,15 +503,14 @@ class FolderData(Pictures):
         found = Listing(source)
         self.unused, folders = found.unused, found.by_folder()
         if found.archives and folders.keys() == {""}:
-            raise InputError(f"{source} holds {len(found.pictures)} pictures beside {len(found.archives)} .tar "
-                             "archives: which are meant? Move the others elsewhere")
+            raise InputError(f"{source} holds {len(found.pictures)} pictures beside {len(found.archives)} "
+                             ".tar archives: which are meant? Move the others elsewhere")
         if folders:
-            few = len(found.archives) < 4
-            self.unused.update(archive.name if few else ".tar" for archive in found.archives)
+            self.unused.update(path.name if len(found.archives) < 4 else ".tar" for path in found.archives)
             if not self.captioned:
                 return self.class_files(base, source, folders)
-        entries = list(jsonl_entries(found.table) if found.table else tar_entries(found.archives)
-                       if found.archives and not folders else text_entries(found))
+        entries = list(jsonl_entries(found.table) if found.table else text_entries(found) if folders else
+                       tar_entries(found.archives))
         pictures = [entry for entry in entries if entry[0]]
         files = [entry for entry in pictures if entry[2] or not self.captioned]
         self.unused["without a picture"] += len(entries) - len(pictures)
@@ -525,24 +519,26 @@ class FolderData(Pictures):
         return files
 
     def class_files(self, base, source, folders):
-        """Of class folders. folders: {name: pictures} of `source`, "" for those beside the folders."""
+        """The pictures of class folders. folders: those of `source`, see Listing.by_folder."""
         train = folders if base == source else Listing(base).by_folder()
-        names = [name for name in train if name]
-        if len(train.get("", ())) > sum(len(train[name]) for name in names):
+        self.class_names = [name for name in train if name]
+        # One name may be written in two ways: Dog and dog, or with its accent as a letter of its own.
+        plain = lambda name: unicodedata.normalize("NFC", name).casefold()
+        number = {form(name): i for form in (plain, str) for i, name in enumerate(self.class_names)}
+        if len(train.get("", ())) > sum(len(train[name]) for name in self.class_names):
             # Pictures with a few more in a sub-folder, such as thumbnails, are one class.
             self.class_names, number = [base.resolve().name], {"": 0}
         else:
-            # One name may be written in two ways: Dog and dog, or with its accent as a letter of its own.
-            plain = lambda name: unicodedata.normalize("NFC", name).casefold()
-            self.class_names, exact = names, {name: label for label, name in enumerate(names)}
-            number = {plain(name): label for name, label in exact.items()} | exact
-            folders = {name if name in exact else plain(name): paths for name, paths in folders.items()}
-            empty = {entry.name for entry in visible(base) if entry.is_dir()} - train.keys()
-            self.unused["empty class folders"] = len(empty) if base == source else 0
-        for name in folders.keys() - number.keys():
-            where = f"in {name}, no class of {base}" if name else "beside the class folders"
-            self.unused[f"pictures {where}"] += len(folders[name])
-        return [(path, number[name], None) for name in folders if name in number for path in folders[name]]
+            self.unused["empty class folders"] = sum(
+                entry.is_dir() and entry.name not in train for entry in visible(base))
+        files, strange = [], []
+        for name, paths in folders.items():
+            label = number.get(name, number.get(plain(name)))
+            files += [(path, label, None) for path in paths if label is not None]
+            strange += paths if label is None else []
+        if strange:
+            self.unused[f"pictures in no class folder of {base}, as {strange[0]}"] = len(strange)
+        return files
 
     def fingerprint(self):
         """Of every file path, length and time of change: reading ImageNet's pixels would take hours."""
