@@ -11,6 +11,7 @@ Run:    python data.py               # draws out/shapes.png, 40 pictures of the 
         python data.py check codes/train --vq vq_ds16_c2i.pt
 """
 import argparse
+import codecs
 import functools
 import gzip
 import hashlib
@@ -24,13 +25,15 @@ import socket
 import sys
 import tarfile
 import textwrap
+import warnings
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from runs import (DEVICE_HELP, InputError, SharedArray, counting, explained, flag_parser, pick_device,
@@ -210,7 +213,10 @@ class TarMember:
     def read_bytes(self):
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
-            return file.read(self.size)
+            content = file.read(self.size)
+        if len(content) < self.size:             # half a caption would pass for a whole one
+            raise OSError(f"{self} ends early")
+        return content
 
     def __str__(self):
         return f"{self.tar}/{self.name}"
@@ -218,33 +224,72 @@ class TarMember:
 
 def read_image(file):
     """Any picture that Pillow reads, from a Path or a TarMember: RGB, the right way up, on white where it is
-    transparent."""
-    image = Image.open(io.BytesIO(file.read_bytes()))
-    # Cameras store how they were held instead of turning the picture.
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # 16-bit grey: convert("RGB") would clip it, not scale it.
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    transparent; of several frames the first."""
+    # Pillow refuses what has twice this many pixels. Cameras of 200 megapixels pass; nothing that takes more
+    # than 1 GB once decoded does, and web data sets have small files that would.
+    Image.MAX_IMAGE_PIXELS = 2 ** 27
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # else each worker tells of every odd tag
+        image = Image.open(io.BytesIO(file.read_bytes()))
+        image.load()
+        image = upright(image)
+        if image.mode.startswith(("I", "F")):
+            image = eight_bits(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
-def shrink(image, target):
-    """Make the shorter side `target` pixels: halve with a box filter while possible, then bicubic. So ADM and
-    the paper do it, and FID notices how pictures were made smaller."""
+def upright(image):
+    """Cameras store how they were held instead of turning the picture. Of their EXIF data only this is read:
+    ImageOps.exif_transpose writes all of it anew, and fails at any odd tag. Damaged ones turn nothing."""
+    turns = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+             4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+             7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+    orientation = 1
+    with suppress(Exception):
+        orientation = image.getexif().get(0x0112)
+    return image.transpose(turns[orientation]) if orientation in list(turns) else image
+
+
+def eight_bits(image):
+    """16- or 32-bit or float grey as "L", scaled: convert would clip it at 255. What counts as white is
+    65,535 for integers; 1 for floats, or 255 if any is above 16; but if anything is beyond these, the
+    largest. NaN and what is below 0 become black."""
+    values = np.asarray(image)
+    peak = values.max(where=np.isfinite(values), initial=0)
+    usual = 65535 if image.mode != "F" else 1 if peak < 16 else 255
+    white = usual if usual == 1 or peak <= 1.1 * usual else peak
+    # 0.001: k / 255 x 255 may come out just below k. PNG has one transparent value, that becomes white.
+    grey = np.nan_to_num((values / np.float32(white / 255)).clip(0, 255) + 0.001).astype(np.uint8)
+    return Image.fromarray(np.where(values == image.info.get("transparency"), np.uint8(255), grey))
+
+
+def square(image, size, target, place):
+    """Of a picture whose shorter side is made `target` pixels, a square, uint8 (size, size, 3). place: how
+    many of so many spare pixels lie above it, and on its left.
+
+    Halved with a box filter while possible, then bicubic: so ADM and the paper do it, and FID notices how
+    pictures were made smaller."""
     while min(image.size) >= 2 * target:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = target / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    top, left = place(height - size), place(width - size)
+    if max(width, height) <= 32 * target:
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        return pixels[top:top + size, left:left + size]
+    # 16,000 x 1 pixels would become 4,096,000 x 256, 12 GB. So of what is longer than 32 squares only the
+    # square itself is made. (Not of all: coordinates in 32 bits would change a pixel by 1 here and there.)
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
 
 
 def center_crop(image, size):
     """The middle square of a picture at size x size pixels, uint8 (size, size, 3)."""
-    pixels = np.asarray(shrink(image, size))
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top:top + size, left:left + size]
+    return square(image, size, size, lambda spare: spare // 2)
 
 
 def fixed_crops(image, size, flip=True, ranges=()):
@@ -269,10 +314,7 @@ def random_crop(image, size, rng, min_share=0.8):
     """A random square that covers between `min_share` and all of the shorter side, uint8 (size, size, 3)."""
     # The share is drawn as the side to which the whole picture is shrunk; of that a square of `size` is cut.
     target = int(rng.integers(size, math.ceil(size / min_share) + 1))
-    pixels = np.asarray(shrink(image, target))
-    top = rng.integers(pixels.shape[0] - size + 1)
-    left = rng.integers(pixels.shape[1] - size + 1)
-    return pixels[top:top + size, left:left + size]
+    return square(image, size, target, lambda spare: rng.integers(spare + 1))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -409,7 +451,7 @@ class FolderData(Pictures):
 
     def fingerprint(self):
         """Of every file path, length and time of change: reading ImageNet's pixels would take hours."""
-        stats = [file if isinstance(file, TarMember) else
+        stats = [file if isinstance(file, TarMember) or not file.is_file() else          # gone by now
                  (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file, _ in self.files]
         return short_hash([self.size, self.flip, self.ranges, self.captions, self.labels.tolist(), stats])
 
@@ -496,8 +538,13 @@ class CaptionedData(FolderData):
         found = list(tar_entries(shards) if shards else folder_entries(source) if source.is_dir() else
                      jsonl_entries(source))
         pictures = [entry for entry in found if entry[0]]
-        files = [entry for entry in pictures if entry[2] or not self.captioned]
-        lacking = f"{len(found) - len(pictures)} lack the picture, {len(pictures) - len(files)} the caption"
+        # For classes an entry has to have a class id, for captions a caption (None: its text is not UTF-8).
+        files = [(file, label or 0, captions) for file, label, captions in pictures
+                 if (captions if self.captioned else label is not None)]
+        lacking = (f"{len(found) - len(pictures)} lack the picture, {len(pictures) - len(files)} the "
+                   f"{'caption' if self.captioned else 'class id'}")
+        garbled = sum(captions is None for _, _, captions in pictures) if self.captioned else 0
+        lacking += f" ({garbled} have a text that is not UTF-8)" if garbled else ""
         if not files:
             raise InputError(f"{source} holds no pictures with captions: of {len(found)} entries {lacking}. "
                              'Give a .jsonl of {"image": path, "text": caption}, a folder with picture.txt '
@@ -513,6 +560,24 @@ class CaptionedData(FolderData):
         return files
 
 
+def read_text(data):
+    """The text in these bytes: UTF-8, or what their byte order mark says. ValueError for anything else: to
+    guess the alphabet would be to train on garbage."""
+    # UTF-32's before UTF-16's: they begin alike.
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+             codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    text = data.decode(next((name for mark, name in marks.items() if data.startswith(mark)), "utf-8"))
+    if "\0" in text:
+        raise ValueError("it has zero bytes, as UTF-16 without a byte order mark has")
+    return text.replace("\ufeff", "")            # UTF-8's mark; joined files have it in the middle, too
+
+
+def text_lines(data):
+    """The lines of a text in bytes. Of a str, splitlines knows more ends, such as U+2028 or a form feed:
+    captions from web pages have these in the middle, so they become blanks."""
+    return [" ".join(line.decode().splitlines()) for line in read_text(data).encode().splitlines()]
+
+
 def caption_list(found):
     """The captions in a value of a .json: a string, a list of strings, or anything else, which is none."""
     texts = [found] if isinstance(found, str) else found if isinstance(found, list) else []
@@ -522,66 +587,135 @@ def caption_list(found):
 def json_dict(text):
     """The dict that a piece of JSON holds; empty for anything else, so a bad line costs only itself."""
     record = None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         record = json.loads(text)
     return record if isinstance(record, dict) else {}
 
 
-# Each of the three yields (file or None, class id, captions) per picture. What is missing is not left out
-# here: CaptionedData counts it.
+def json_captions(text):
+    """The captions in a piece of JSON, under the names that web data sets use."""
+    record = json_dict(text)
+    return caption_list(record.get("text")) or caption_list(record.get("caption"))
+
+
+def captions_of(parts):
+    """From .txt, a caption a line, else from .json; None if they cannot be read. parts: {ending: file}."""
+    captions = []
+    for ending, find in ((".txt", lambda data: caption_list(text_lines(data))),
+                         (".json", lambda data: json_captions(read_text(data)))):
+        if parts.get(ending) and not captions:
+            try:
+                captions = find(parts[ending].read_bytes())
+            except (ValueError, OSError):
+                captions = None
+    return captions
+
+
+# Each of the three yields (file or None, class id or None, captions or None) per picture. What is missing is
+# not left out here: CaptionedData counts it.
 
 def jsonl_entries(path):
     """A line is a picture. Its path is seen from the .jsonl, so that both can be moved together."""
-    # Not splitlines: JSON may have U+2028 inside its strings.
+    if path.suffix.lower() in (".gz", ".tgz", ".zst", ".xz", ".bz2", ".zip"):
+        raise InputError(f"--data {path} is compressed, so pictures cannot be read in any order: unpack it")
     with explained(f"--data {path} cannot be read", "is it a text file?", OSError):
-        lines = path.read_bytes().split(b"\n")
-    for line in filter(bytes.strip, lines):
+        content = path.read_bytes()
+    with suppress(ValueError):           # a line that is not UTF-8 is to cost only itself, see json_dict
+        content = read_text(content).encode()
+    for line in filter(bytes.strip, content.splitlines()):
         record = json_dict(line)
-        image = record.get("image")
-        file = path.parent / image if isinstance(image, str) else None
-        yield file if file and file.is_file() else None, 0, caption_list(record.get("text"))
+        image = record.get("image") or record.get("file_name")           # as Hugging Face calls it
+        file = path.parent / image if isinstance(image, str) else ""
+        # Unlike Path's, this isfile knows any string: a data URI, thousands of letters, a zero byte.
+        yield file if os.path.isfile(file) else None, 0, json_captions(line)
 
 
 def folder_entries(folder):
-    """A picture file is a picture; its captions are the lines of the .txt of the same name, if any."""
+    """A picture file is a picture; its captions are in the .txt or .json of the same name, if any."""
     for file in image_files(folder):
-        text = file.with_suffix(".txt")
-        captions = text.read_text(encoding="utf-8", errors="replace").splitlines() if text.is_file() else []
-        yield file, 0, caption_list(captions)
+        beside = map(file.with_suffix, (".txt", ".TXT", ".json", ".JSON"))
+        yield file, 0, captions_of({text.suffix.lower(): text for text in beside if text.is_file()})
+
+
+def tar_files(shard, alone):
+    """(name, TarMember) of each file in an archive. Only headers are read. Of a damaged one what can be found
+    is used, and a warning tells; if it is the only one, something has to be found."""
+    found, errors, changed = [], Counter(), 0
+
+    class Header(tarfile.TarInfo):
+        @classmethod
+        def fromtarfile(cls, tar):
+            try:
+                return super().fromtarfile(tar)
+            except tarfile.HeaderError as error:
+                errors[type(error).__name__] += 1
+                raise
+
+    try:
+        changed = shard.stat().st_mtime_ns
+        with tarfile.open(shard, "r:", tarinfo=Header) as tar:
+            # Joined archives go on behind their first end. To find that, tarfile skips all that is no header,
+            # damaged ones too, and says nothing: so Header counts them. The very first has to be one.
+            tar.ignore_zeros = True
+            for member in tar:
+                name = os.path.normpath(member.name).replace("../", "")
+                start = os.path.dirname(name) if member.issym() else ""
+                place = os.path.normpath(os.path.join(start, member.linkname)) if member.linkname else None
+                if member.isfile():      # of a sparse one the bytes lie apart: at -1 it counts as unreadable
+                    begin = -1 if member.issparse() else member.offset_data
+                    place = TarMember(shard, member.name, begin, member.size, changed)
+                found.append((name, place))
+        bad = errors["InvalidHeaderError"] + errors["TruncatedHeaderError"]
+        reason = "a header is damaged" if bad else "" if errors["EOFHeaderError"] else "it has no end mark"
+    except Exception as error:           # tarfile raises almost anything on damaged headers
+        reason = str(error) or type(error).__name__
+    if alone and not found:
+        raise InputError(f"{shard} is not a .tar archive ({reason or 'it is empty'}); compressed ones are not "
+                         "read: unpack them")
+    if reason:
+        what = "is damaged or ends early" if found else "is left out, it is no archive"
+        warning(f"{shard} {what} ({reason})")
+    places = dict(found)
+    for name, place in found:
+        for _ in range(9):               # links to links, perhaps in a circle
+            place = places.get(place) if isinstance(place, str) else place
+        if place:
+            yield name, place
 
 
 def tar_entries(shards):
     """Members with the same name but for its endings are one picture, as WebDataset has it."""
     for shard in shards:
-        # Members may come in any order, so all are found before any is read: {name without its endings:
-        # {ending: member}}. Only headers are read for this, the pictures stay where they lie.
-        samples, changed = {}, shard.stat().st_mtime_ns
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in filter(tarfile.TarInfo.isfile, tar):
-                    folder, name = os.path.split(member.name)
-                    stem, _, ending = name.partition(".")
-                    place = TarMember(shard, member.name, member.offset_data, member.size, changed)
-                    samples.setdefault((folder, stem), {})[f".{ending.lower()}"] = place
-        except (tarfile.TarError, OSError) as error:
-            if not samples and len(shards) == 1:
-                raise InputError(f"{shard} is not a .tar archive ({error}); compressed ones are not read: "
-                                 "gunzip them") from None
-            what = "ends early" if samples else "is left out, it is no archive"
-            warning(f"{shard} {what} ({error})")
-        for parts in samples.values():
-            image = next((file for ending, file in parts.items() if ending in image_endings()), None)
-            text = parts[".cls"].read_bytes().strip() if ".cls" in parts else b""
-            # 7 digits are no class id: the table of classes has to fit.
-            yield image, int(text) if text.isdigit() and len(text) < 7 else 0, tar_captions(parts)
+        # Members may come in any order, so all are found before any is read. What a name has already begins
+        # another picture: joined archives may both count from 0. newest: {name: {ending: file}}
+        samples, newest, spare = [], {}, 0
+        for name, file in tar_files(shard, len(shards) == 1):
+            folder, name = os.path.split(name)
+            # /. : hidden files, such as the ._x.jpg that a Mac adds to x.jpg
+            if any(mark in f"/{folder}/{name}" for mark in ("/.", "/__MACOSX", "/PaxHeaders")):
+                continue
+            stem, _, ending = name.partition(".")
+            ending = f".{ending.lower()}"
+            if ending in newest.get((folder, stem), {ending}):
+                newest[folder, stem] = {}
+                samples.append(newest[folder, stem])
+            newest[folder, stem][ending] = file
+        if len(samples) > len(newest):
+            warning(f"{shard}: {len(samples) - len(newest)} names stand there again, as other pictures")
+        classes = any(".cls" in parts for parts in samples)
+        for parts in samples:
+            images = [file for ending, file in parts.items() if ending in image_endings()]
+            spare += len(images[1:])
+            yield next(iter(images), None), class_id(parts) if classes else 0, captions_of(parts)
+        if spare:
+            warning(f"{shard}: left out {spare} pictures that have the name of another one")
 
 
-def tar_captions(parts):
-    """From .txt, a caption a line, else from .json, under the names that web data sets use."""
-    if ".txt" in parts:
-        return caption_list(parts[".txt"].read_bytes().decode("utf-8", "replace").splitlines())
-    record = json_dict(parts[".json"].read_bytes()) if ".json" in parts else {}
-    return caption_list(record.get("text") or record.get("caption"))
+def class_id(parts):
+    """The number in .cls; None if there is none below a million: the table of classes has to fit."""
+    with suppress(KeyError, ValueError, OSError):
+        text = read_text(parts[".cls"].read_bytes()).strip()
+        return int(text) if text.isdecimal() and int(text) < 1_000_000 else None
 
 
 def load_data(name, split, size=32, n=None, data_dir=None, flip=None, ranges=(), captioned=False):
