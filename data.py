@@ -660,11 +660,12 @@ def tar_files(shard, alone):
             for member in tar:
                 name = os.path.normpath(member.name).replace("../", "")
                 start = os.path.dirname(name) if member.issym() else ""
-                place = os.path.normpath(os.path.join(start, member.linkname)) if member.linkname else None
+                place = os.path.normpath(os.path.join(start, member.linkname))
                 if member.isfile():      # of a sparse one the bytes lie apart: at -1 it counts as unreadable
                     begin = -1 if member.issparse() else member.offset_data
                     place = TarMember(shard, member.name, begin, member.size, changed)
-                found.append((name, place))
+                if not member.isdir():
+                    found.append((name, place))
         bad = errors["InvalidHeaderError"] + errors["TruncatedHeaderError"]
         reason = "a header is damaged" if bad else "" if errors["EOFHeaderError"] else "it has no end mark"
     except Exception as error:           # tarfile raises almost anything on damaged headers
@@ -679,8 +680,7 @@ def tar_files(shard, alone):
     for name, place in found:
         for _ in range(9):               # links to links, perhaps in a circle
             place = places.get(place) if isinstance(place, str) else place
-        if place:
-            yield name, place
+        yield name, place if isinstance(place, TarMember) else None
 
 
 def tar_entries(shards):
