@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from tqdm import tqdm
 
 from runs import (DEVICE_HELP, InputError, SharedArray, counting, explained, flag_parser, pick_device,
@@ -222,17 +222,26 @@ class TarMember:
         return f"{self.tar}/{self.name}"
 
 
+TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in (       # EXIF's number: what to do
+    "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90").split())))
+
+
 def read_image(file):
     """Any picture that Pillow reads, from a Path or a TarMember: RGB, the right way up, on white where it is
     transparent; of several frames the first."""
-    # Pillow refuses what has twice this many pixels. Cameras of 200 megapixels pass; nothing that takes more
-    # than 1 GB once decoded does, and web data sets have small files that would.
+    # Pillow refuses twice as many pixels, 1 GB once decoded. Cameras have 200 megapixels by now.
     Image.MAX_IMAGE_PIXELS = 2 ** 27
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # else each worker tells of every odd tag
-        image = Image.open(io.BytesIO(file.read_bytes()))
+        try:
+            image = Image.open(io.BytesIO(file.read_bytes()))
+        except UnidentifiedImageError:                   # whose message speaks of a BytesIO object
+            raise ValueError("of no format that Pillow knows") from None
         image.load()
-        image = upright(image)
+        # Cameras store how they were held instead of turning the picture. ImageOps.exif_transpose would write
+        # all their notes anew, and fails at any odd one; this reads one number. Damaged: the picture stays.
+        with suppress(Exception):
+            image = image.transpose(TURNS[image.getexif()[0x0112]])
         if image.mode.startswith(("I", "F")):
             image = eight_bits(image)
         if image.has_transparency_data:
@@ -241,37 +250,22 @@ def read_image(file):
         return image.convert("RGB")
 
 
-def upright(image):
-    """Cameras store how they were held instead of turning the picture. Of their EXIF data only this is read:
-    ImageOps.exif_transpose writes all of it anew, and fails at any odd tag. Damaged ones turn nothing."""
-    turns = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-             4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
-             7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
-    orientation = 1
-    with suppress(Exception):
-        orientation = image.getexif().get(0x0112)
-    return image.transpose(turns[orientation]) if orientation in list(turns) else image
-
-
 def eight_bits(image):
-    """16- or 32-bit or float grey as "L", scaled: convert would clip it at 255. What counts as white is
-    65,535 for integers; 1 for floats, or 255 if any is above 16; but if anything is beyond these, the
-    largest. NaN and what is below 0 become black."""
+    """16- or 32-bit or float grey as "L", scaled: convert would clip it at 255. White is 65,535 for integers,
+    for floats 1, or 255 if any is above 16; where these are exceeded, the largest. NaN becomes black."""
     values = np.asarray(image)
     peak = values.max(where=np.isfinite(values), initial=0)
     usual = 65535 if image.mode != "F" else 1 if peak < 16 else 255
     white = usual if usual == 1 or peak <= 1.1 * usual else peak
-    # 0.001: k / 255 x 255 may come out just below k. PNG has one transparent value, that becomes white.
+    # 0.001: k / 255 x 255 may come out just below k. One value may be transparent: white.
     grey = np.nan_to_num((values / np.float32(white / 255)).clip(0, 255) + 0.001).astype(np.uint8)
     return Image.fromarray(np.where(values == image.info.get("transparency"), np.uint8(255), grey))
 
 
 def square(image, size, target, place):
-    """Of a picture whose shorter side is made `target` pixels, a square, uint8 (size, size, 3). place: how
-    many of so many spare pixels lie above it, and on its left.
-
-    Halved with a box filter while possible, then bicubic: so ADM and the paper do it, and FID notices how
-    pictures were made smaller."""
+    """Of a picture whose shorter side is made `target` pixels, a square, uint8 (size, size, 3). place says how
+    many of the spare pixels lie above it, and on its left. Halved with a box filter while possible, then
+    bicubic: so ADM and the paper do it, and FID notices how pictures were made smaller."""
     while min(image.size) >= 2 * target:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = target / min(image.size)
@@ -280,10 +274,10 @@ def square(image, size, target, place):
     if max(width, height) <= 32 * target:
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
         return pixels[top:top + size, left:left + size]
-    # 16,000 x 1 pixels would become 4,096,000 x 256, 12 GB. So of what is longer than 32 squares only the
-    # square itself is made. (Not of all: coordinates in 32 bits would change a pixel by 1 here and there.)
-    x, y = image.width / width, image.height / height
-    box = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
+    # 16,000 x 1 pixels would become 4,096,000 x 256, 12 GB. So of what is longer than 32 squares only this
+    # one is made. (Not of all: a box, in 32 bits, is not exact, and a pixel here and there differs by 1.)
+    (W, H), x, y = image.size, image.width / width, image.height / height
+    box = (left * x, top * y, min((left + size) * x, W), min((top + size) * y, H))
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
 
 
@@ -563,10 +557,10 @@ class CaptionedData(FolderData):
 def read_text(data):
     """The text in these bytes: UTF-8, or what their byte order mark says. ValueError for anything else: to
     guess the alphabet would be to train on garbage."""
-    # UTF-32's before UTF-16's: they begin alike.
-    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
-             codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-    text = data.decode(next((name for mark, name in marks.items() if data.startswith(mark)), "utf-8"))
+    # UTF-32's first: what is UTF-32 LE begins like UTF-16 LE.
+    wide = data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) and "utf-32"
+    wide = wide or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and "utf-16"
+    text = data.decode(wide or "utf-8")
     if "\0" in text:
         raise ValueError("it has zero bytes, as UTF-16 without a byte order mark has")
     return text.replace("\ufeff", "")            # UTF-8's mark; joined files have it in the middle, too
@@ -640,7 +634,7 @@ def folder_entries(folder):
 def tar_files(shard, alone):
     """(name, TarMember) of each file in an archive. Only headers are read. Of a damaged one what can be found
     is used, and a warning tells; if it is the only one, something has to be found."""
-    found, errors, changed = [], Counter(), 0
+    found, errors = [], Counter()
 
     class Header(tarfile.TarInfo):
         @classmethod
@@ -659,11 +653,12 @@ def tar_files(shard, alone):
             tar.ignore_zeros = True
             for member in tar:
                 name = os.path.normpath(member.name).replace("../", "")
-                start = os.path.dirname(name) if member.issym() else ""
-                place = os.path.normpath(os.path.join(start, member.linkname))
                 if member.isfile():      # of a sparse one the bytes lie apart: at -1 it counts as unreadable
                     begin = -1 if member.issparse() else member.offset_data
                     place = TarMember(shard, member.name, begin, member.size, changed)
+                else:                    # a link: symbolic ones start where they lie
+                    start = os.path.dirname(name) if member.issym() else ""
+                    place = os.path.normpath(os.path.join(start, member.linkname))
                 if not member.isdir():
                     found.append((name, place))
         bad = errors["InvalidHeaderError"] + errors["TruncatedHeaderError"]
