@@ -263,8 +263,8 @@ def eight_bits(image):
 
 
 def square(image, size, target, place):
-    """Of a picture whose shorter side is made `target` pixels, a square, uint8 (size, size, 3). place says how
-    many of the spare pixels lie above it, and on its left. Halved with a box filter while possible, then
+    """Of a picture whose shorter side is made `target` pixels, a square, uint8 (size, size, 3). place: how
+    many of so many spare pixels lie above it, and on its left. Halved with a box filter while possible, then
     bicubic: so ADM and the paper do it, and FID notices how pictures were made smaller."""
     while min(image.size) >= 2 * target:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -598,10 +598,9 @@ def captions_of(parts):
     for ending, find in ((".txt", lambda data: caption_list(text_lines(data))),
                          (".json", lambda data: json_captions(read_text(data)))):
         if parts.get(ending) and not captions:
-            try:
+            captions = None
+            with suppress(ValueError, OSError):
                 captions = find(parts[ending].read_bytes())
-            except (ValueError, OSError):
-                captions = None
     return captions
 
 
@@ -666,8 +665,8 @@ def tar_files(shard, alone):
     except Exception as error:           # tarfile raises almost anything on damaged headers
         reason = str(error) or type(error).__name__
     if alone and not found:
-        raise InputError(f"{shard} is not a .tar archive ({reason or 'it is empty'}); compressed ones are not "
-                         "read: unpack them")
+        raise InputError(f"{shard} is not a .tar archive ({reason or 'it is empty'}); compressed ones are "
+                         "not read: unpack them")
     if reason:
         what = "is damaged or ends early" if found else "is left out, it is no archive"
         warning(f"{shard} {what} ({reason})")
