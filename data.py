@@ -222,14 +222,14 @@ class TarMember:
         return f"{self.tar}/{self.name}"
 
 
-TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in (       # EXIF's number: what to do
-    "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90").split())))
+TURNS = dict(enumerate(map(Image.Transpose.__getitem__, (                # {EXIF's number: what to do}
+    "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90").split()), 2))
 
 
 def read_image(file):
     """Any picture that Pillow reads, from a Path or a TarMember: RGB, the right way up, on white where it is
     transparent; of several frames the first."""
-    # Pillow refuses twice as many pixels, 1 GB once decoded. Cameras have 200 megapixels by now.
+    # Pillow refuses twice as many pixels, 1 GB once decoded; by default 179 million, and phones have 200 now.
     Image.MAX_IMAGE_PIXELS = 2 ** 27
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # else each worker tells of every odd tag
@@ -251,8 +251,9 @@ def read_image(file):
 
 
 def eight_bits(image):
-    """16- or 32-bit or float grey as "L", scaled: convert would clip it at 255. White is 65,535 for integers,
-    for floats 1, or 255 if any is above 16; where these are exceeded, the largest. NaN becomes black."""
+    """16- or 32-bit or float grey as "L", scaled: convert would clip it at 255. White is 65,535 for integers
+    and 1 for floats, whose highlights go beyond it; 255 if any is above 16. What exceeds 65,535 or 255 is
+    scaled by the largest. NaN becomes black."""
     values = np.asarray(image)
     peak = values.max(where=np.isfinite(values), initial=0)
     usual = 65535 if image.mode != "F" else 1 if peak < 16 else 255
@@ -586,9 +587,8 @@ def json_dict(text):
     return record if isinstance(record, dict) else {}
 
 
-def json_captions(text):
-    """The captions in a piece of JSON, under the names that web data sets use."""
-    record = json_dict(text)
+def json_captions(record):
+    """The captions in a dict, under the names that web data sets use."""
     return caption_list(record.get("text")) or caption_list(record.get("caption"))
 
 
@@ -596,7 +596,7 @@ def captions_of(parts):
     """From .txt, a caption a line, else from .json; None if they cannot be read. parts: {ending: file}."""
     captions = []
     for ending, find in ((".txt", lambda data: caption_list(text_lines(data))),
-                         (".json", lambda data: json_captions(read_text(data)))):
+                         (".json", lambda data: json_captions(json_dict(read_text(data))))):
         if parts.get(ending) and not captions:
             captions = None
             with suppress(ValueError, OSError):
@@ -620,7 +620,7 @@ def jsonl_entries(path):
         image = record.get("image") or record.get("file_name")           # as Hugging Face calls it
         file = path.parent / image if isinstance(image, str) else ""
         # Unlike Path's, this isfile knows any string: a data URI, thousands of letters, a zero byte.
-        yield file if os.path.isfile(file) else None, 0, json_captions(line)
+        yield file if os.path.isfile(file) else None, 0, json_captions(record)
 
 
 def folder_entries(folder):
