@@ -78,15 +78,12 @@ GARBLED = {
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_texts_of_every_encoding_give_the_same_caption(tmp_path, kind):
-    (tmp_path / "a.png").write_bytes(png(7))
-    (tmp_path / "a.txt").write_bytes(TEXTS[kind])
-    (tmp_path / "a.tar").mkdir()
-    (tmp_path / "a.tar" / "b.tar").write_bytes(archive(("a.png", png(7)), ("a.txt", TEXTS[kind])))
-    for place in (tmp_path / "a.tar" / "b.tar", tmp_path):
-        if place == tmp_path:
-            (tmp_path / "a.tar" / "b.tar").unlink()
-            (tmp_path / "a.tar").rmdir()
-        assert load_data(place, "train", 16, captioned=True).captions == [["ein Stern"]]
+    members = [("a.png", png(7)), ("a.txt", TEXTS[kind])]
+    for name, content in members:
+        (tmp_path / name).write_bytes(content)
+    assert load_data(tmp_path, "train", 16, captioned=True).captions == [["ein Stern"]]
+    (tmp_path / "a.tar").write_bytes(archive(*members))
+    assert load_data(tmp_path / "a.tar", "train", 16, captioned=True).captions == [["ein Stern"]]
     (tmp_path / "prompts").write_bytes(TEXTS[kind])
     args = sample.get_args(["--prompts-file", str(tmp_path / "prompts")])
     assert sample.read_prompts(args) == ["ein Stern"]
