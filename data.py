@@ -11,6 +11,7 @@ Run:    python data.py               # draws out/shapes.png, 40 pictures of the 
         python data.py check codes/train --vq vq_ds16_c2i.pt
 """
 import argparse
+import codecs
 import functools
 import gzip
 import hashlib
@@ -32,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from runs import (DEVICE_HELP, InputError, SharedArray, counting, explained, flag_parser, pick_device,
@@ -192,11 +193,14 @@ def load_array(name, split="train", n=None, data_dir=None, size=32, captioned=Fa
 # ------------------------------------------------------------------------------------------------------------
 # Image files
 
+def hidden(name):
+    """Names that begin with a dot, and __MACOSX, where a Mac's zip keeps notes under the names of files."""
+    return name.startswith((".", "__MACOSX", "PaxHeaders")) and name != ".."
+
+
 def visible(folder):
-    """What is in a folder, in order, without hidden things: names that begin with a dot, and __MACOSX, where
-    a Mac's zip keeps notes on its files under the names of those files."""
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    return [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+    """What is in a folder, in order, without hidden things."""
+    return sorted((entry for entry in os.scandir(folder) if not hidden(entry.name)), key=lambda e: e.name)
 
 
 def files_below(folder, above=()):
@@ -277,41 +281,73 @@ class TarMember:
     def read_bytes(self):
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
-            return file.read(self.size)
+            content = file.read(self.size)
+        if len(content) < self.size:             # half a caption would pass for a whole one
+            raise OSError(f"{self} ends early")
+        return content
 
     def __str__(self):
         return f"{self.tar}/{self.name}"
 
 
+TURNS = dict(enumerate(map(Image.Transpose.__getitem__, (                # {EXIF's number: what to do}
+    "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90").split()), 2))
+
+
 def read_image(file):
     """Any picture that Pillow reads, from a Path or a TarMember: RGB, the right way up, on white where it is
-    transparent."""
-    image = Image.open(io.BytesIO(file.read_bytes()))
-    # Cameras store how they were held instead of turning the picture.
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # 16-bit grey: convert("RGB") would clip it, not scale it.
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    transparent; of several frames the first."""
+    # Pillow refuses twice as many pixels, 1 GB once decoded; by default 179 million, and phones have 200 now.
+    Image.MAX_IMAGE_PIXELS = 2 ** 27
+    image = Image.open(file if isinstance(file, Path) else io.BytesIO(file.read_bytes()))
+    image.load()
+    # Cameras store how they were held instead of turning the picture. ImageOps.exif_transpose would write all
+    # their notes anew, and fails at any odd one; this reads one number. Damaged: the picture stays.
+    with suppress(Exception):
+        image = image.transpose(TURNS[image.getexif()[0x0112]])
+    if image.mode.startswith(("I", "F")):
+        image = eight_bits(image)
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def shrink(image, target):
-    """Make the shorter side `target` pixels: halve with a box filter while possible, then bicubic. So ADM and
-    the paper do it, and FID notices how pictures were made smaller."""
+def eight_bits(image):
+    """16- or 32-bit or float grey as "L", scaled: convert would clip it at 255. White is 65,535 for integers
+    and 1 for floats, whose highlights go beyond it; 255 if any is above 16. What exceeds 65,535 or 255 is
+    scaled by the largest. NaN becomes black."""
+    values = np.asarray(image)
+    peak = values.max(where=np.isfinite(values), initial=0)
+    usual = 65535 if image.mode != "F" else 1 if peak < 16 else 255
+    white = usual if usual == 1 or peak <= 1.1 * usual else peak
+    # 0.001: k / 255 x 255 may come out just below k. One value may be transparent: white.
+    grey = np.nan_to_num((values / np.float32(white / 255)).clip(0, 255) + 0.001).astype(np.uint8)
+    return Image.fromarray(np.where(values == image.info.get("transparency"), np.uint8(255), grey))
+
+
+def square(image, size, target, place):
+    """Of a picture whose shorter side is made `target` pixels, a square, uint8 (size, size, 3). place: how
+    many of so many spare pixels lie above it, and on its left. Halved with a box filter while possible, then
+    bicubic: so ADM and the paper do it, and FID notices how pictures were made smaller."""
     while min(image.size) >= 2 * target:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = target / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    top, left = place(height - size), place(width - size)
+    if max(width, height) <= 32 * target:
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        return pixels[top:top + size, left:left + size]
+    # 16,000 x 1 pixels would become 4,096,000 x 256, 12 GB. So of what is longer than 32 squares only this
+    # one is made. (Not of all: a box, in 32 bits, is not exact, and a pixel here and there differs by 1.)
+    (W, H), x, y = image.size, image.width / width, image.height / height
+    box = (left * x, top * y, min((left + size) * x, W), min((top + size) * y, H))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
 
 
 def center_crop(image, size):
     """The middle square of a picture at size x size pixels, uint8 (size, size, 3)."""
-    pixels = np.asarray(shrink(image, size))
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top:top + size, left:left + size]
+    return square(image, size, size, lambda spare: spare // 2)
 
 
 def fixed_crops(image, size, flip=True, ranges=()):
@@ -336,10 +372,7 @@ def random_crop(image, size, rng, min_share=0.8):
     """A random square that covers between `min_share` and all of the shorter side, uint8 (size, size, 3)."""
     # The share is drawn as the side to which the whole picture is shrunk; of that a square of `size` is cut.
     target = int(rng.integers(size, math.ceil(size / min_share) + 1))
-    pixels = np.asarray(shrink(image, target))
-    top = rng.integers(pixels.shape[0] - size + 1)
-    left = rng.integers(pixels.shape[1] - size + 1)
-    return pixels[top:top + size, left:left + size]
+    return square(image, size, target, lambda spare: rng.integers(spare + 1))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -510,11 +543,14 @@ class FolderData(Pictures):
             if not self.captioned:
                 return self.class_files(base, source, folders)
         entries = list(jsonl_entries(found.table) if found.table else text_entries(found) if folders else
-                       tar_entries(found.archives))
+                       tar_entries(found))
         pictures = [entry for entry in entries if entry[0]]
-        files = [entry for entry in pictures if entry[2] or not self.captioned]
+        # For captions an entry has to have a caption, for classes an id; an unreadable text gives None.
+        files = [(file, label or 0, captions) for file, label, captions in pictures
+                 if (captions if self.captioned else label is not None)]
         self.unused["without a picture"] += len(entries) - len(pictures)
-        self.unused["without a caption"] += len(pictures) - len(files)
+        self.unused[f"without a {'caption' if self.captioned else 'class id'}"] += len(pictures) - len(files)
+        self.unused["of these in another encoding than UTF-8"] += sum(found is None for *_, found in pictures)
         self.class_names = [str(i) for i in range(1 + max((label for _, label, _ in files), default=0))]
         return files
 
@@ -542,7 +578,7 @@ class FolderData(Pictures):
 
     def fingerprint(self):
         """Of every file path, length and time of change: reading ImageNet's pixels would take hours."""
-        stats = [file if isinstance(file, TarMember) else
+        stats = [file if isinstance(file, TarMember) or not file.is_file() else          # gone by now
                  (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file, _ in self.files]
         return short_hash([self.size, self.flip, self.ranges, self.captions, self.labels.tolist(), stats])
 
@@ -613,6 +649,24 @@ def ignore_interrupts(worker):
 # ------------------------------------------------------------------------------------------------------------
 # Pictures with captions
 
+def read_text(data):
+    """The text in these bytes: UTF-8, or what their byte order mark says. ValueError for anything else: to
+    guess the alphabet would be to train on garbage."""
+    # UTF-32's first: what is UTF-32 LE begins like UTF-16 LE.
+    wide = data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) and "utf-32"
+    wide = wide or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and "utf-16"
+    text = data.decode(wide or "utf-8")
+    if "\0" in text:
+        raise ValueError("it has zero bytes, as UTF-16 without a byte order mark has")
+    return text.replace("\ufeff", "")            # UTF-8's mark; joined files have it in the middle, too
+
+
+def text_lines(data):
+    """The lines of a text in bytes. Of a str, splitlines knows more ends, such as U+2028 or a form feed:
+    captions from web pages have these in the middle, so they become blanks."""
+    return [" ".join(line.decode().splitlines()) for line in read_text(data).encode().splitlines()]
+
+
 def caption_list(found):
     """The captions in a value of a .json: a string, a list of strings, or anything else, which is none."""
     texts = [found] if isinstance(found, str) else found if isinstance(found, list) else []
@@ -622,67 +676,109 @@ def caption_list(found):
 def json_dict(text):
     """The dict that a piece of JSON holds; empty for anything else, so a bad line costs only itself."""
     record = None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         record = json.loads(text)
     return record if isinstance(record, dict) else {}
 
 
-# Each of the three yields (file or None, class id, captions) per picture. What is missing is not left out
-# here: find_files counts it.
+def json_captions(record):
+    """The captions in a dict, under the names that web data sets use."""
+    return caption_list(record.get("text")) or caption_list(record.get("caption"))
+
+
+def captions_of(parts):
+    """From .txt, a caption a line, else from .json; None if they cannot be read. parts: {ending: file}."""
+    captions = []
+    for ending, find in ((".txt", lambda data: caption_list(text_lines(data))),
+                         (".json", lambda data: json_captions(json_dict(read_text(data))))):
+        if parts.get(ending) and not captions:
+            captions = None
+            with suppress(ValueError, OSError):
+                captions = find(parts[ending].read_bytes())
+    return captions
+
+
+# Each of the three yields (file or None, class id or None, captions or None) per picture. What is missing is
+# not left out here: find_files counts it.
 
 def jsonl_entries(path):
     """A line is a picture. Its path is seen from the .jsonl, so that both can be moved together."""
-    # Not splitlines: JSON may have U+2028 inside its strings.
     with explained(f"--data {path} cannot be read", "is it a text file?", OSError):
-        lines = path.read_bytes().split(b"\n")
-    for line in filter(bytes.strip, lines):
+        content = path.read_bytes()
+    with suppress(ValueError):           # a line that is not UTF-8 is to cost only itself, see json_dict
+        content = read_text(content).encode()
+    for line in filter(bytes.strip, content.splitlines()):
         record = json_dict(line)
-        image = record.get("image")
-        file = path.parent / image if isinstance(image, str) else None
-        yield file if file and file.is_file() else None, 0, caption_list(record.get("text"))
+        image = record.get("image") or record.get("file_name")           # as Hugging Face calls it
+        file = path.parent / image if isinstance(image, str) else ""
+        # Unlike Path's, this isfile knows any string: a data URI, thousands of letters, a zero byte.
+        yield file if os.path.isfile(file) else None, 0, json_captions(record)
 
 
 def text_entries(found):
-    """Of a Listing: a picture's captions are the lines of the .txt of the same name, if any."""
+    """Of a Listing: a picture's captions are in the .txt or .json of the same name, if any."""
     for file in found.pictures:
-        text = file.with_suffix(".txt")
-        found.unused[".txt"] -= text.is_file()
-        captions = text.read_text(encoding="utf-8", errors="replace").splitlines() if text.is_file() else []
-        yield file, 0, caption_list(captions)
+        beside = [file.with_suffix(ending) for ending in (".txt", ".TXT", ".json", ".JSON")]
+        beside = {text.suffix.lower(): text for text in beside if text.is_file()}
+        found.unused.subtract(text.suffix for text in beside.values())
+        yield file, 0, captions_of(beside)
 
 
-def tar_entries(shards):
-    """Members with the same name but for its endings are one picture, as WebDataset has it."""
-    for shard in shards:
-        # Members may come in any order, so all are found before any is read: {name without its endings:
-        # {ending: member}}. Only headers are read for this, the pictures stay where they lie.
-        samples, changed = {}, shard.stat().st_mtime_ns
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in filter(tarfile.TarInfo.isfile, tar):
-                    folder, name = os.path.split(member.name)
-                    stem, _, ending = name.partition(".")
-                    place = TarMember(shard, member.name, member.offset_data, member.size, changed)
-                    samples.setdefault((folder, stem), {})[f".{ending.lower()}"] = place
-        except (tarfile.TarError, OSError) as error:
-            if not samples and len(shards) == 1:
-                raise InputError(f"{shard} is not a .tar archive ({error}); compressed ones are not read: "
-                                 "gunzip them") from None
-            what = "ends early" if samples else "is left out, it is no archive"
-            warning(f"{shard} {what} ({error})")
-        for parts in samples.values():
-            image = next((file for ending, file in parts.items() if ending in image_endings()), None)
-            text = parts[".cls"].read_bytes().strip() if ".cls" in parts else b""
-            # 7 digits are no class id: the table of classes has to fit.
-            yield image, int(text) if text.isdigit() and len(text) < 7 else 0, tar_captions(parts)
+def tar_entries(found):
+    """Of a Listing: members with the same name but for its endings are one picture, as WebDataset has it."""
+    for shard in found.archives:
+        # Members may come in any order, so all are found before any is read. What a name has already begins
+        # another picture: joined archives may both count from 0. newest: {name: {ending: file}}
+        samples, newest = [], {}
+        for path, file in tar_files(shard, len(found.archives) == 1):
+            folder, name = os.path.split(path)
+            stem, _, ending = name.partition(".")
+            ending = f".{ending.lower()}"
+            if ending in newest.get((folder, stem), {ending}):
+                newest[folder, stem] = {}
+                samples.append(newest[folder, stem])
+            newest[folder, stem][ending] = file
+        classes = any(".cls" in parts for parts in samples)
+        for parts in samples:
+            images = [file for ending, file in parts.items() if ending in image_endings()]
+            found.unused["second pictures of one name"] += len(images[1:])
+            yield next(iter(images), None), class_id(parts) if classes else 0, captions_of(parts)
 
 
-def tar_captions(parts):
-    """From .txt, a caption a line, else from .json, under the names that web data sets use."""
-    if ".txt" in parts:
-        return caption_list(parts[".txt"].read_bytes().decode("utf-8", "replace").splitlines())
-    record = json_dict(parts[".json"].read_bytes()) if ".json" in parts else {}
-    return caption_list(record.get("text") or record.get("caption"))
+def tar_files(shard, alone):
+    """(path, TarMember) of each visible file in an archive; only headers are read. Of a damaged one what can
+    be found is used, and a warning tells; of the only one that --data names something has to be found."""
+    members = []
+    try:
+        # ignore_zeros: joined archives go on behind the end of the first. Blocks of zeros are an end.
+        with tarfile.open(shard, "r:", ignore_zeros=True) as tar, open(shard, "rb") as file:
+            for member in tar:
+                members.append(member)
+            file.seek(-512, os.SEEK_END)
+            reason = "it has no end mark" if any(file.read()) or not members else ""
+    except Exception as error:           # tarfile raises almost anything on damaged headers
+        reason = str(error) or type(error).__name__
+    if alone and not members:
+        raise InputError(f"{shard} is not a .tar archive ({reason}): if it is compressed, unpack it")
+    if reason:
+        warning(f"{shard} {'ends early' if members else 'is left out, it is no archive'} ({reason})")
+    paths, changed = [os.path.normpath(member.name) for member in members], shard.stat().st_mtime_ns
+    files = [TarMember(shard, member.name, member.offset_data, member.size, changed)
+             if member.isfile() and not member.issparse() else None for member in members]
+    by_path = dict(zip(paths, files))
+    for path, member, file in zip(paths, members, files):
+        if member.issym() or member.islnk():    # the same file again; symbolic links start where they lie
+            start = os.path.dirname(path) if member.issym() else ""
+            file = by_path[path] = by_path.get(os.path.normpath(os.path.join(start, member.linkname)))
+        if not member.isdir() and not any(map(hidden, path.split("/"))):
+            yield path, file
+
+
+def class_id(parts):
+    """The number in .cls; None if there is none below a million: the table of classes has to fit."""
+    with suppress(KeyError, ValueError, OSError):
+        text = read_text(parts[".cls"].read_bytes()).strip()
+        return int(text) if text.isdecimal() and int(text) < 1_000_000 else None
 
 
 def load_data(name, split, size=32, n=None, data_dir=None, flip=None, ranges=(), captioned=False):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import image_grid, imagenet_names
+from data import image_grid, imagenet_names, text_lines
 from model import load_gpt
 from runs import (DEVICE_HELP, InputError, SharedArray, counting, explained, fast_dtype, finite, flag_parser,
                   natural, not_negative, number, pick_device, rank_and_world, read_checkpoint, run,
@@ -192,8 +192,8 @@ def read_prompts(args):
     prompts = args.prompts or EXAMPLES
     if args.prompts_file:
         with explained(f"--prompts-file {args.prompts_file} cannot be read", "it has to be text in UTF-8",
-                       (OSError, UnicodeDecodeError)):
-            lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+                       (OSError, ValueError)):
+            lines = text_lines(Path(args.prompts_file).read_bytes())
         prompts = [line for line in lines if line.strip()]
     if not prompts or not all(map(str.strip, prompts)):
         raise InputError("a prompt is empty: give each some words")
