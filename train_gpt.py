@@ -23,9 +23,9 @@ import torch.nn as nn
 from data import (batch_indices, check_tokenizer, code_key, extract_codes, image_grid, load_data, read_about,
                   read_captions, read_codes, spread, to_device)
 from model import GPT, GPT_SIZES, GPTConfig, load_gpt
-from runs import (InputError, Progress, add_training_flags, counting, fast_dtype, fill_weights, finite,
-                  flag_parser, learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
-                  read_checkpoint, resume_state, run, share, update_ema, weights_hash)
+from runs import (InputError, Progress, add_training_flags, check_compile, counting, fast_dtype, fill_weights,
+                  finite, flag_parser, learning_rate, mixed_precision, natural, not_negative, pick_device,
+                  positive, read_checkpoint, resume_state, run, share, update_ema, weights_hash)
 from sample import SETTINGS, generate
 from text import (Captions, Classes, pretrained_text_encoder, saved_text_encoder, tiny_text_encoder,
                   tiny_text_encoder_from)
@@ -162,17 +162,37 @@ def quick_start(gpt, codebook):
             nn.init.zeros_(linear.weight)
 
 
+def read_base(args, vq):
+    """The checkpoint --init, or {}. InputError, before any picture is tokenized, if it cannot be used."""
+    if not args.init:
+        return {}
+    base = read_checkpoint(args.init, mmap=True)
+    text = "cls_embedding.uncond_embedding" in base["model"]
+    if text != (args.cond == "text"):
+        raise InputError(f"{args.init} does not fit --cond {args.cond}: it draws from "
+                         f"{'captions' if text else 'classes'}")
+    V, table = vq.config.codebook_size, base["model"].get("tok_embeddings.weight")
+    if table is None or len(table) != V:
+        raise InputError(f"{args.init} does not fit {args.vq}: it is no GPT for a codebook of {V:,} entries")
+    return base
+
+
 def prepare_model(args, own, vq, base, device):
     """A new GPT of --size, or one with the weights of --init (`base`, its checkpoint) on a grid of its own.
     own: what the data decide of its configuration."""
-    config, weights = GPTConfig(**GPT_SIZES[args.size]), None
-    if args.init:
-        first = load_gpt(args.init, checkpoint=base)
-        config, weights = first.config, first.state_dict()
+    first = load_gpt(args.init, checkpoint=base) if args.init else None
+    config = first.config if first else GPTConfig(**GPT_SIZES[args.size])
     config = replace(config, **own, token_dropout=args.dropout, resid_dropout=args.dropout,
                      ffn_dropout=args.dropout, class_dropout=args.class_dropout, drop_path=args.drop_path)
     gpt = GPT(config)
-    if weights:
+    if first:
+        weights, table = first.state_dict(), "cls_embedding.embedding_table.weight"
+        if first.config.num_classes != config.num_classes and table in weights:
+            # Other classes: only the last row, the null class, still means what it meant.
+            weights[table] = torch.cat([gpt.cls_embedding.embedding_table.weight[:-1], weights[table][-1:]])
+            if not args.resume:
+                print(f"{args.init} has {first.config.num_classes:,} classes, the data {config.num_classes:,}: "
+                      f"the table of classes starts anew, all other weights are taken over")
         fill_weights(gpt, weights, args.init)
     elif not args.paper_init:
         quick_start(gpt, vq.quantize.codes().cpu())
@@ -232,14 +252,14 @@ def main(args):
     # 1. The tokenizer, and the pictures as it sees them
     state = resume_state(args, "vq_hash")
     device = pick_device(args.device)
+    check_compile(args, device)
     torch.manual_seed(args.seed)
     vq = load_tokenizer(args.vq, device)
     vq_hash = weights_hash(vq)
-    base = read_checkpoint(args.init, mmap=True) if args.init else {}
+    base = read_base(args, vq)
     for path, checkpoint in ((args.init, base), (args.out, state or {})):
         if checkpoint.get("vq_hash", vq_hash) != vq_hash:
-            raise InputError(f"{path} and {args.vq} do not belong together: the GPT was trained on the "
-                             "tokens of another tokenizer")
+            raise InputError(f"{path} and {args.vq} do not belong together: that GPT had another tokenizer")
     folders = prepare_codes(args, vq, vq_hash, device)
     (codes, labels, about), (test_codes, test_labels, _) = (read_codes(folder) for folder in folders)
     # Pictures that could not be read have the label -1: never ask for them.
