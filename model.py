@@ -300,10 +300,9 @@ class GPT(nn.Module):
     def check_cond(self, cond, cond_mask, wait=False):
         """InputError for a condition that this GPT does not read; wait: see check_tensor."""
         c, device = self.config, self.norm.weight.device
-        if c.model_type == "c2i":
-            check_tensor("cond", cond, ("B",), device, c.num_classes + 1, wait)
-        else:
-            check_tensor("cond", cond, ("B", c.cls_token_num, c.caption_dim), device)
+        shape, ids = (("B",), c.num_classes + 1) if c.model_type == "c2i" else (
+            ("B", c.cls_token_num, c.caption_dim), None)
+        check_tensor("cond", cond, shape, device, ids, wait)
         if cond_mask is not None:
             check_tensor("cond_mask", cond_mask, (len(cond), c.cls_token_num), device)
 

@@ -83,27 +83,24 @@ share = number(float, "between 0 and 1", lambda x: 0 <= x <= 1)
 
 
 def check_tensor(name, x, shape, device=None, ids=None, wait=False):
-    """InputError unless x is a tensor of this shape (in which a letter is any size), on this device, and, if ids
-    is given, of int64 (or int32) from 0 to ids - 1. Values are looked at on the CPU only: a GPU would have to
-    finish its work first, and a compiled graph would break. wait: do it on a GPU too."""
-    expected = f"{'int64' if ids else 'a tensor'} of shape ({', '.join(map(str, shape))})"
-    if not torch.is_tensor(x):
-        raise InputError(f"{name} is a {type(x).__name__}: it has to be {expected}")
-    other = any(not isinstance(n, str) and n != size for n, size in zip(shape, x.shape))
-    if x.ndim != len(shape) or other or (ids and x.dtype not in (torch.int64, torch.int32)):
-        raise InputError(f"{name} is {x.dtype} of shape {tuple(x.shape)}: it has to be {expected}")
-    if device and x.device != device:
-        raise InputError(f"{name} is on {x.device}, the model on {device}: move one to the other with .to()")
+    """InputError unless x is a tensor of this shape (a letter: any size), on this device; if ids is given, of
+    int64 or int32 from 0 to ids - 1. The numbers are looked at on the CPU only: for a GPU's it would have to
+    wait, and a compiled graph would break. wait: wait for them."""
+    if not (torch.is_tensor(x) and x.ndim == len(shape) and device in (None, x.device) and
+            all(n == size or isinstance(n, str) for n, size in zip(shape, x.shape)) and
+            (ids is None or x.dtype in (torch.int64, torch.int32))):
+        found = f"{x.dtype} {tuple(x.shape)} on {x.device}" if torch.is_tensor(x) else type(x).__name__
+        raise InputError(f"{name} is {found}: it has to be {'int64' if ids else 'a tensor'} of shape "
+                         f"({', '.join(map(str, shape))})" + (f" on {device}" if device else ""))
     seen = ids and x.numel() and not torch.compiler.is_compiling() and (wait or x.device.type == "cpu")
     if seen and not 0 <= x.min() <= x.max() < ids:
         raise InputError(f"{name} holds {x.min()} to {x.max()}: it has to be from 0 to {ids - 1}")
 
 
 def check_compile(args, device):
-    """End the run at its beginning if --compile cannot work here, found out by compiling a small function."""
+    """Compile a small function: if --compile cannot work here, the run ends now and not at its first step."""
     if args.compile:
-        with explained("--compile does not work here", "leave it out, or install what torch.compile needs, a "
-                       "C++ compiler such as g++, for CUDA Triton too"):
+        with explained("--compile does not work here", "leave it out, or install a C++ compiler such as g++"):
             torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
 
 
@@ -399,27 +396,21 @@ def resume_state(args, *needed):
 # ------------------------------------------------------------------------------------------------------------
 # Weights from files
 
-def holds_weights(part):
-    """Whether this part of a checkpoint is a state dict."""
-    return isinstance(part, dict) and len(part) > 0 and all(
-        isinstance(name, str) and torch.is_tensor(w) for name, w in part.items())
-
-
-def plain_names(weights):
-    """Names as in a bare model, without what torch.compile, DDP, FSDP and activation checkpointing put into
-    them: "module._orig_mod.layers.0._fsdp_wrapped_module.w" -> "layers.0.w"."""
+def plain_names(part):
+    """A state dict under the names of the bare model, without those that torch.compile, DDP and FSDP put in
+    front or in between; None for what is no state dict."""
+    if not isinstance(part, dict) or not part or not all(map(torch.is_tensor, part.values())):
+        return None
     wrappers = r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-    return {re.sub(wrappers, "", name): w for name, w in weights.items()}
+    return {re.sub(wrappers, "", str(name)): w for name, w in part.items()}
 
 
 def read_config(config_class, saved, path):
     """The dataclass from the dict that a checkpoint keeps of it; fields that it lacks have their defaults."""
-    if not isinstance(saved, dict):
-        raise InputError(f"{path} is damaged: its config is a {type(saved).__name__}, not a dict")
-    if newer := saved.keys() - {field.name for field in fields(config_class)}:
-        raise InputError(f"{path} was written by a newer version of this code, as its config has "
-                         f"{', '.join(sorted(map(str, newer)))}: update the code")
     with explained(f"{path} is damaged: its config makes no sense"):
+        if newer := dict(saved).keys() - {field.name for field in fields(config_class)}:
+            raise InputError(f"{path} was written by a newer version of this code, its config has "
+                             f"{', '.join(sorted(map(str, newer)))}: update the code")
         return config_class(**saved)
 
 
@@ -442,12 +433,11 @@ def read_checkpoint(path, mmap=False):
         raise InputError(f"{path} cannot be read as a checkpoint: it is empty, damaged, no PyTorch file, or "
                          f"holds pickled code, of which nothing was run") from None
     file = file if isinstance(file, dict) else {}
-    text = file.get("text_encoder")                      # a GPT's own, which has weights as well
-    if isinstance(text, dict) and holds_weights(text.get("model")):
-        text["model"] = plain_names(text["model"])
-    for weights in (file.get("model"), file.get("module"), file.get("state_dict"), file):
-        if holds_weights(weights):
-            return {**({} if weights is file else file), "model": plain_names(weights)}
+    if isinstance(text := file.get("text_encoder"), dict):       # a GPT's, with weights of its own
+        text["model"] = plain_names(text.get("model"))
+    for part in (file.get("model"), file.get("module"), file.get("state_dict"), file):
+        if weights := plain_names(part):
+            return {**({} if part is file else file), "model": weights}
     raise InputError(f"{path} holds no weights, neither bare nor under model, module or state_dict")
 
 
@@ -461,11 +451,8 @@ def fill_weights(model, weights, path, assign=False):
 def build(model_class, config, weights, path, device, dtype):
     """model_class(config) in eval mode with these weights, on the device in the dtype asked for. It is made
     without memory (on the meta device) and takes over copies of the weights, one tensor at a time: with
-    memory-mapped weights no more than the finished model is ever held.
-
-    RoPE tables, masks, caches and counters, which some versions of the models save, are left out. They lie
-    beside the layers; what lies in one, such as a scale of quantised weights, would change what it does.
-    """
+    memory-mapped weights no more than the finished model is ever held. Left out are the tables, masks, caches
+    and counters that some versions save beside the layers; what is in a layer would change what it does."""
     with explained(f"{path} cannot be loaded"):
         with torch.device("meta"):
             model = model_class(config)
@@ -474,8 +461,7 @@ def build(model_class, config, weights, path, device, dtype):
             layer, _, last = name.rpartition(".")
             if name in own or last in ("weight", "bias") or f"{layer}.weight" in own:
                 if not weight.is_floating_point():
-                    raise InputError(f"{path} holds quantised weights ({name}: {weight.dtype}): pass the file "
-                                     f"that they were made from")
+                    raise InputError(f"{path} holds quantised weights: pass what they were made from")
                 copies[name] = weight.to(device=device, dtype=dtype, copy=True)
         return fill_weights(model, copies, path, assign=True).to(device).eval()
 

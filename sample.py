@@ -81,13 +81,12 @@ def check_request(gpt, cond, cond_mask, prefix, settings):
     if prefix is not None:
         check_tensor("prefix", prefix, (len(cond), "P"), cond.device, gpt.config.vocab_size, wait=True)
         if prefix.shape[1] > gpt.config.block_size:
-            raise InputError(f"the prefix has {prefix.shape[1]} tokens, but an image has only "
-                             f"{gpt.config.block_size}")
+            raise InputError(f"prefix has {prefix.shape[1]} tokens, an image only {gpt.config.block_size}")
 
 
 @torch.no_grad()
 def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0,
-             prefix=None, generator=None, rows=0):
+             prefix=None, generator=None, fill=0):
     """Sample whole images as tokens, (B, N) int64.
 
     cond           (B,) class ids, or (B, L, E) text features with cond_mask (B, L), padding on the left
@@ -97,23 +96,21 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
     top_k, top_p   see filter_logits
     prefix         (B, P) tokens to keep in front, P <= N: the rest of the picture is completed
     generator      torch.Generator on the model's device, for reproducible samples
-    rows           fill the network's batch up to so many images, which changes no random number: a compiled
-                   step meets one size only
+    fill           run the network on at least so many rows, so that a compiled step meets one size only
     """
     check_request(gpt, cond, cond_mask, prefix, dict(cfg_scale=cfg_scale, cfg_interval=cfg_interval,
                                                      temperature=temperature, top_k=top_k, top_p=top_p))
     B, N, L = cond.shape[0], gpt.config.block_size, gpt.config.cls_token_num
     P = 0 if prefix is None else prefix.shape[1]
-    rows = max(rows, B)
+    rows = max(fill, B)
     tokens = torch.zeros(rows, N, dtype=torch.long, device=cond.device)
     if P:
         tokens[:B, :P] = prefix
     if P == N:
         return tokens[:B]
+    filled = torch.arange(rows, device=cond.device).clamp(max=B - 1)         # the last one again
+    cond, cond_mask = cond[filled], cond_mask if cond_mask is None else cond_mask[filled]
 
-    if rows > B:
-        fill = lambda x: torch.cat([x, x[-1:].expand(rows - B, *x.shape[1:])])
-        cond, cond_mask = fill(cond), None if cond_mask is None else fill(cond_mask)
     # Guidance needs each sequence twice. Both go through the network as one batch, [conditional;
     # unconditional]: reading the weights is what takes the time, and they are read once for both.
     # With s = 1 the equation gives the conditional logits alone: then there is nothing to compute twice.
@@ -134,8 +131,8 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + cfg_scale * (conditional - unconditional)           # (B, V)
-        tokens[:B, i] = draw(logits[:B], temperature, top_k, top_p, generator)
-        newest = tokens[:, i]                                    # (rows,)
+        tokens[:B, i] = draw(logits[:B], temperature, top_k, top_p, generator)   # fill costs no random number
+        newest = tokens[:, i].clone()
         if i == N - 1:
             break
         # The released code asks whether step i, which reads token i and makes token i + 1, is past the
@@ -178,10 +175,9 @@ def load_models(args, device):
                          f"{f} x {f}: pass vq_ds16_c2i.pt or vq_ds16_t2i.pt")
     text = load_text_encoder(args, checkpoint, gpt, device) if gpt.config.model_type == "t2i" else None
     K = gpt.config.num_classes
-    names = imagenet_names() if K == 1000 else [str(i) for i in range(K)]
-    names = checkpoint.get("class_names", names)
+    names = checkpoint.get("class_names", imagenet_names() if K == 1000 else [str(i) for i in range(K)])
     if text is None and len(names) != K:
-        raise InputError(f"{args.gpt} is damaged: it has {K:,} classes, but {len(names):,} names of classes")
+        raise InputError(f"{args.gpt} is damaged: it has {len(names):,} names for {K:,} classes")
     return gpt, vq, text, names, own
 
 
@@ -248,7 +244,7 @@ def balanced(chosen, args):
 
 def sample_batch(models, conditions, rows, batch, args, device, fill=0):
     """Pictures of these classes or prompts (B,), uint8 (B, H, W, 3). The random numbers come from --seed and
-    the batch's number alone, so it does not matter which process draws it, or when. fill: generate's rows."""
+    the batch's number alone, so it does not matter which process draws it, or when. fill: see generate."""
     gpt, vq, text = models
     # Neighbouring seeds and batches must not give similar streams: SeedSequence mixes the two numbers well.
     seed = np.random.SeedSequence((args.seed, batch)).generate_state(1, np.uint64).item()
@@ -256,7 +252,7 @@ def sample_batch(models, conditions, rows, batch, args, device, fill=0):
     with torch.no_grad():
         cond, cond_mask = conditions(rows, text, device)
     tokens = generate(gpt, cond, cond_mask, args.cfg_scale, args.cfg_interval, args.temperature, args.top_k,
-                      args.top_p, generator=generator, rows=fill)            # (B, N)
+                      args.top_p, generator=generator, fill=fill)            # (B, N)
     return to_pictures(vq, tokens, args.image_size_eval).cpu().numpy()
 
 

@@ -169,8 +169,8 @@ def read_base(args, vq):
     base = read_checkpoint(args.init, mmap=True)
     text = "cls_embedding.uncond_embedding" in base["model"]
     if text != (args.cond == "text"):
-        raise InputError(f"{args.init} does not fit --cond {args.cond}: it draws from "
-                         f"{'captions' if text else 'classes'}")
+        kind = "captions" if text else "classes"
+        raise InputError(f"{args.init} does not fit --cond {args.cond}: it draws from {kind}")
     V, table = vq.config.codebook_size, base["model"].get("tok_embeddings.weight")
     if table is None or len(table) != V:
         raise InputError(f"{args.init} does not fit {args.vq}: it is no GPT for a codebook of {V:,} entries")
@@ -187,12 +187,11 @@ def prepare_model(args, own, vq, base, device):
     gpt = GPT(config)
     if first:
         weights, table = first.state_dict(), "cls_embedding.embedding_table.weight"
-        if first.config.num_classes != config.num_classes and table in weights:
-            # Other classes: only the last row, the null class, still means what it meant.
-            weights[table] = torch.cat([gpt.cls_embedding.embedding_table.weight[:-1], weights[table][-1:]])
-            if not args.resume:
-                print(f"{args.init} has {first.config.num_classes:,} classes, the data {config.num_classes:,}: "
-                      f"the table of classes starts anew, all other weights are taken over")
+        if table in weights and len(weights[table]) != config.num_classes + 1:
+            # Of other classes only the last row, the null class, means what it meant.
+            print(f"{args.init} has {first.config.num_classes:,} classes, the data {config.num_classes:,}: "
+                  f"the table of classes starts anew, all other weights are kept")
+            weights[table] = torch.cat([gpt.state_dict()[table][:-1], weights[table][-1:]])
         fill_weights(gpt, weights, args.init)
     elif not args.paper_init:
         quick_start(gpt, vq.quantize.codes().cpu())
@@ -219,7 +218,7 @@ def get_args(argv=None):
     add_training_flags(parser, out="out/gpt.pt", minutes=6.25)
     parser.add_argument("--vq", default="out/vq.pt", help="the tokenizer: train_vq.py's or a released one")
     parser.add_argument("--codes", help="a folder that data.py extract filled, instead of --data")
-    parser.add_argument("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
+    parser.add_argument("--ten-crop", type=positive, nargs="+", default=[], metavar="RANGE",
                         help="tokenize ten crops at RANGE times the size, 1.1 1.05 in the paper, instead of "
                              "the centre and its mirror image")
     add = parser.add_argument_group("text").add_argument
