@@ -71,12 +71,12 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
 
 
-def check_request(gpt, cond, cond_mask, prefix, settings):
-    """InputError for what generate cannot use. Values are looked at on a GPU as well, before the first step
-    of many: there, an id that is too large would end the whole process."""
-    for name, value in settings.items():
+def check_request(gpt, cond, cond_mask, prefix, *settings):
+    """InputError for what generate cannot use; settings: in the order of LIMITS. Before so many steps a GPU's
+    ids are worth a wait: one that is too large would end the whole process."""
+    for (name, parse), value in zip(LIMITS.items(), settings):
         with explained(f"{name} = {value!r} cannot be used"):
-            LIMITS[name](value)
+            parse(value)
     gpt.check_cond(cond, cond_mask, wait=True)
     if prefix is not None:
         check_tensor("prefix", prefix, (len(cond), "P"), cond.device, gpt.config.vocab_size, wait=True)
@@ -98,8 +98,7 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
     generator      torch.Generator on the model's device, for reproducible samples
     fill           run the network on at least so many rows, so that a compiled step meets one size only
     """
-    check_request(gpt, cond, cond_mask, prefix, dict(cfg_scale=cfg_scale, cfg_interval=cfg_interval,
-                                                     temperature=temperature, top_k=top_k, top_p=top_p))
+    check_request(gpt, cond, cond_mask, prefix, cfg_scale, cfg_interval, temperature, top_k, top_p)
     B, N, L = cond.shape[0], gpt.config.block_size, gpt.config.cls_token_num
     P = 0 if prefix is None else prefix.shape[1]
     rows = max(fill, B)

@@ -133,10 +133,8 @@ class Level(nn.Module):
             x = res(x)
             if len(self.attn) > 0:
                 x = self.attn[i](x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        if hasattr(self, "upsample"):
-            x = self.upsample(x)
+        for resize in ("downsample", "upsample"):                # a level has one of them or none
+            x = getattr(self, resize)(x) if hasattr(self, resize) else x
         return x
 
 
@@ -327,10 +325,8 @@ def load_tokenizer(path, device="cpu"):
     weights = checkpoint["model"]
     if "quantize.embedding.weight" not in weights:
         raise InputError(f"{path} is not a tokenizer checkpoint: it has no quantize.embedding.weight")
-    if "config" in checkpoint:
-        config = read_config(VQConfig, checkpoint["config"], path)
-    else:
-        config = infer_vq_config(weights, path)
+    config = (read_config(VQConfig, checkpoint["config"], path) if "config" in checkpoint else
+              infer_vq_config(weights, path))
     vq = build(VQModel, config, weights, path, device, torch.float32)
     return vq.to(memory_format=torch.channels_last)              # faster convolutions, on CPUs too
 

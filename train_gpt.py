@@ -163,23 +163,21 @@ def quick_start(gpt, codebook):
 
 
 def read_base(args, vq):
-    """The checkpoint --init, or {}. InputError, before any picture is tokenized, if it cannot be used."""
+    """The checkpoint --init, or {}. InputError, before pictures are tokenized, if it cannot be the start."""
     if not args.init:
         return {}
-    base = read_checkpoint(args.init, mmap=True)
-    text = "cls_embedding.uncond_embedding" in base["model"]
-    if text != (args.cond == "text"):
-        kind = "captions" if text else "classes"
-        raise InputError(f"{args.init} does not fit --cond {args.cond}: it draws from {kind}")
-    V, table = vq.config.codebook_size, base["model"].get("tok_embeddings.weight")
-    if table is None or len(table) != V:
+    base, V = read_checkpoint(args.init, mmap=True), vq.config.codebook_size
+    kind = "text" if "cls_embedding.uncond_embedding" in base["model"] else "class"
+    if len(base["model"].get("tok_embeddings.weight", ())) != V:
         raise InputError(f"{args.init} does not fit {args.vq}: it is no GPT for a codebook of {V:,} entries")
+    if kind != args.cond:
+        raise InputError(f"{args.init} does not fit --cond {args.cond}: it was trained with --cond {kind}")
     return base
 
 
-def prepare_model(args, own, vq, base, device):
+def prepare_model(args, own, names, vq, base, device):
     """A new GPT of --size, or one with the weights of --init (`base`, its checkpoint) on a grid of its own.
-    own: what the data decide of its configuration."""
+    own: what the data decide of its configuration; names: of their classes."""
     first = load_gpt(args.init, checkpoint=base) if args.init else None
     config = first.config if first else GPTConfig(**GPT_SIZES[args.size])
     config = replace(config, **own, token_dropout=args.dropout, resid_dropout=args.dropout,
@@ -187,10 +185,11 @@ def prepare_model(args, own, vq, base, device):
     gpt = GPT(config)
     if first:
         weights, table = first.state_dict(), "cls_embedding.embedding_table.weight"
-        if table in weights and len(weights[table]) != config.num_classes + 1:
-            # Of other classes only the last row, the null class, means what it meant.
-            print(f"{args.init} has {first.config.num_classes:,} classes, the data {config.num_classes:,}: "
-                  f"the table of classes starts anew, all other weights are kept")
+        before = first.config.num_classes
+        if table in weights and (before != len(names) or base.get("class_names", names) != names):
+            # With other classes only the last row, the null class, means what it meant.
+            print(f"{args.init} has {before:,} classes, the data {len(names):,} others: the table of classes "
+                  f"starts anew, all other weights are kept")
             weights[table] = torch.cat([gpt.state_dict()[table][:-1], weights[table][-1:]])
         fill_weights(gpt, weights, args.init)
     elif not args.paper_init:
@@ -272,7 +271,7 @@ def main(args):
         saved = (state or base).get("text_encoder")
         train, test, text = prepare_captions(args, folders, base, saved, device)
         own |= dict(model_type="t2i", cls_token_num=train.ids.shape[1], caption_dim=train.width)
-    gpt = prepare_model(args, own, vq, base, device)
+    gpt = prepare_model(args, own, names, vq, base, device)
     if state and state["config"] != asdict(gpt.config):
         raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
     learns = text is not None and args.text_encoder == "tiny"    # the text encoder, together with the GPT

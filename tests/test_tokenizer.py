@@ -174,7 +174,8 @@ def test_pictures_of_any_precision_go_into_a_tokenizer_of_any_precision(dtype):
     vq = vq.to(dtype)
     tokens, (recon, again, losses) = vq.tokenize(images), vq(images)
     assert torch.equal(tokens, again) and recon.dtype == vq.detokenize(tokens).dtype == dtype
-    assert all(loss.isfinite() for loss in losses.values()) and to_pictures(vq, tokens).shape == (2, 16, 16, 3)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert to_pictures(vq, tokens).shape == (2, 16, 16, 3)
 
 
 @pytest.mark.parametrize("images, told", [
@@ -192,7 +193,8 @@ def test_a_tokenizer_refuses_other_pictures_with_the_shape_that_it_reads(images,
 @pytest.mark.parametrize("tokens, told", [
     (torch.full((1, 4), 64), "0 to 63"), (torch.full((1, 4), -1), "0 to 63"), (torch.zeros(1, 4), "int64"),
     (torch.zeros(4).long(), r"\(B, N\)"), (torch.zeros(1, 2, 2).long(), r"\(B, N\)"),
-    ([[1, 2, 3, 4]], "tokens is list"), (torch.zeros(1, 4, dtype=torch.uint8), "int64"), (torch.zeros(1, 0).long(), "grid")])
+    ([[1, 2, 3, 4]], "tokens is list"), (torch.zeros(1, 4, dtype=torch.uint8), "int64"),
+    (torch.zeros(1, 0).long(), "grid")])
 def test_tokens_that_are_none_are_refused_and_not_wrapped_around(tokens, told):
     with pytest.raises(InputError, match=told):
         VQModel(VQConfig(**TINY)).detokenize(tokens)
