@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 import sample
+import train_gpt
+import train_vq
 from conftest import ROOT
 from data import image_grid, imagenet_names
 from model import GPT, GPT_SIZES, GPTConfig
@@ -336,6 +338,18 @@ def test_impossible_flags_end_with_a_message(flags):
     with pytest.raises(SystemExit) as error:
         get_args(flags)
     assert error.value.code == 2
+
+
+@pytest.mark.parametrize("flags", [["--seed", str(2 ** 63)], ["--limit", "1" + "0" * 30], ["--steps", "9" * 400],
+                                   ["--batch-size", str(2 ** 64)], ["--lr", "1e300"], ["--lr", "inf"]])
+def test_numbers_beyond_64_bits_are_told_by_the_training_scripts_too(flags, capsys):
+    for module in (train_vq, train_gpt):
+        with pytest.raises(SystemExit) as error:
+            module.get_args(flags)
+        assert error.value.code == 2 and "too large" in capsys.readouterr().err
+    assert train_gpt.get_args(["--seed", str(2 ** 63 - 1)]).seed == 2 ** 63 - 1
+    with pytest.raises(SystemExit):
+        train_gpt.get_args(["--ten-crop", "nan"])
 
 
 # text
