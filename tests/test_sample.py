@@ -340,7 +340,8 @@ def test_impossible_flags_end_with_a_message(flags):
     assert error.value.code == 2
 
 
-@pytest.mark.parametrize("flags", [["--seed", str(2 ** 63)], ["--limit", "1" + "0" * 30], ["--steps", "9" * 400],
+@pytest.mark.parametrize("flags", [["--seed", str(2 ** 63)], ["--limit", "1" + "0" * 30],
+                                   ["--steps", "9" * 400],
                                    ["--batch-size", str(2 ** 64)], ["--lr", "1e300"], ["--lr", "inf"]])
 def test_numbers_beyond_64_bits_are_told_by_the_training_scripts_too(flags, capsys):
     for module in (train_vq, train_gpt):
