@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from runs import InputError, build, read_checkpoint
+from runs import InputError, build, check_tensor, explained, read_checkpoint, read_config
 
 
 @dataclass
@@ -39,7 +39,9 @@ class GPTConfig:
     def __post_init__(self):
         for wrong, message in (
             (self.model_type not in ("c2i", "t2i"), f"model_type {self.model_type!r}: has to be c2i or t2i"),
-            (math.isqrt(self.block_size) ** 2 != self.block_size,
+            (self.model_type == "c2i" and self.cls_token_num != 1,
+             f"cls_token_num {self.cls_token_num}: a class is one token"),
+            (self.block_size < 1 or math.isqrt(self.block_size) ** 2 != self.block_size,
              f"block_size {self.block_size} is not a square: an image is a square grid of tokens"),
             (self.dim % self.n_head or self.dim // self.n_head % 4,
              f"dim {self.dim} over {self.n_head} heads: the head width has to be a multiple of 4, one half "
@@ -232,7 +234,7 @@ class CaptionMLP(nn.Module):
 
 class CaptionEmbedder(nn.Module):
     """Text features (B, L, E) to L condition tokens. The null caption is random and never trained, as in the
-    released models. InputError for features of another shape."""
+    released models."""
 
     def __init__(self, config):
         super().__init__()
@@ -242,9 +244,6 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("uncond_embedding", null)           # a buffer, so no optimizer ever sees it
 
     def forward(self, cond):                                     # cond (B, L, E)
-        if cond.shape[1:] != self.uncond_embedding.shape:
-            L, E = self.uncond_embedding.shape
-            raise InputError(f"cond has the shape {tuple(cond.shape)}: this GPT reads features (B, {L}, {E})")
         cond = cond.to(self.cap_proj.fc1.weight.dtype)
         if self.training and self.dropout > 0:
             dropped = torch.rand(cond.shape[0], 1, 1, device=cond.device) < self.dropout
@@ -298,6 +297,15 @@ class GPT(nn.Module):
         itself = torch.eye(total, dtype=torch.bool, device=causal.device)
         return ((causal & valid[:, None]) | itself)[:, None]
 
+    def check_cond(self, cond, cond_mask, wait=False):
+        """InputError for a condition that this GPT does not read; wait: see check_tensor."""
+        c, device = self.config, self.norm.weight.device
+        shape, ids = (("B",), c.num_classes + 1) if c.model_type == "c2i" else (
+            ("B", c.cls_token_num, c.caption_dim), None)
+        check_tensor("cond", cond, shape, device, ids, wait)
+        if cond_mask is not None:
+            check_tensor("cond_mask", cond_mask, (len(cond), c.cls_token_num), device)
+
     def forward(self, tokens, cond, targets=None, cond_mask=None):
         """Logits for the token at every position given those before it, and the loss.
 
@@ -307,10 +315,12 @@ class GPT(nn.Module):
         cond_mask  (B, L), nonzero = valid, padding on the left; None = all valid
         Returns logits (B, T + 1, V), position t predicting token t, and the loss, a mean in nats per token.
         """
+        self.check_cond(cond, cond_mask)
+        V, N, device = self.config.vocab_size, self.config.block_size, cond.device
+        check_tensor("tokens", tokens, (len(cond), "T"), device, V)
         L, T = self.config.cls_token_num, tokens.shape[1]
-        if T >= self.config.block_size:
-            raise InputError(f"{T} tokens given, but an image has {self.config.block_size}: pass at most "
-                             f"all but the last")
+        if T >= N:
+            raise InputError(f"{T} tokens given, but an image has {N}: pass at most all but the last")
         x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (B, S, D)
         mask = None if cond_mask is None else self.attention_mask(cond_mask)[..., :L + T, :L + T]
         x = self.tok_dropout(x)
@@ -320,7 +330,8 @@ class GPT(nn.Module):
         logits = self.output(self.norm(x[:, L - 1:])).float()                            #   (B, T + 1, V)
         loss = None
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            check_tensor("targets", targets, (len(cond), T + 1), device, V)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.long().flatten())
         return logits, loss
 
     # Decoding with a cache: `prefill` once, then `step` for every further token. sample.py drives them.
@@ -354,19 +365,20 @@ class GPT(nn.Module):
 def infer_gpt_config(weights, image_size, path):
     """The configuration of a released GPT from the shapes of its tensors. n_head leaves no trace in them: it
     is that of the row of GPT_SIZES with this depth and width."""
-    vocab_size, dim = weights["tok_embeddings.weight"].shape
-    n_layer = sum(name.endswith(".attention.wqkv.weight") for name in weights)
-    n_head = {(s["n_layer"], s["dim"]): s["n_head"] for s in GPT_SIZES.values()}.get((n_layer, dim))
-    if n_head is None:
-        raise InputError(f"{path} fits no known size: found {n_layer} layers of width {dim}; "
-                         f"known are {', '.join(GPT_SIZES)}")
-    kv_rows = weights["layers.0.attention.wqkv.weight"].shape[0] - dim
-    config = dict(dim=dim, n_layer=n_layer, n_head=n_head, n_kv_head=kv_rows // (2 * dim // n_head),
-                  vocab_size=vocab_size, block_size=(image_size // 16) ** 2)
-    if "cls_embedding.uncond_embedding" in weights:
-        L, E = weights["cls_embedding.uncond_embedding"].shape
-        return GPTConfig(**config, model_type="t2i", cls_token_num=L, caption_dim=E)
-    return GPTConfig(**config, num_classes=weights["cls_embedding.embedding_table.weight"].shape[0] - 1)
+    with explained(f"{path} is no whole GPT checkpoint: a tensor is missing or misshapen"):
+        vocab_size, dim = weights["tok_embeddings.weight"].shape
+        n_layer = sum(name.endswith(".attention.wqkv.weight") for name in weights)
+        n_head = {(s["n_layer"], s["dim"]): s["n_head"] for s in GPT_SIZES.values()}.get((n_layer, dim))
+        if n_head is None:
+            raise InputError(f"{path} fits no known size: found {n_layer} layers of width {dim}; "
+                             f"known are {', '.join(GPT_SIZES)}")
+        kv_rows = weights["layers.0.attention.wqkv.weight"].shape[0] - dim
+        config = dict(dim=dim, n_layer=n_layer, n_head=n_head, n_kv_head=kv_rows // (2 * dim // n_head),
+                      vocab_size=vocab_size, block_size=(image_size // 16) ** 2)
+        if "cls_embedding.uncond_embedding" in weights:
+            L, E = weights["cls_embedding.uncond_embedding"].shape
+            return GPTConfig(**config, model_type="t2i", cls_token_num=L, caption_dim=E)
+        return GPTConfig(**config, num_classes=weights["cls_embedding.embedding_table.weight"].shape[0] - 1)
 
 
 def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32, checkpoint=None):
@@ -378,13 +390,13 @@ def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32, checkpoin
     checkpoint  what read_checkpoint(path) gave, if the file has been read already
     """
     checkpoint = checkpoint or read_checkpoint(path, mmap=True)
-    weights = {name: w for name, w in checkpoint["model"].items() if name != "freqs_cis"}  # an old RoPE table
+    weights = checkpoint["model"]
     if "tok_embeddings.weight" not in weights:
         raise InputError(f"{path} is not a GPT checkpoint: it has no tok_embeddings.weight")
     if "config" not in checkpoint:
         config = infer_gpt_config(weights, image_size or 256, path)
     else:
-        config = GPTConfig(**checkpoint["config"])
+        config = read_config(GPTConfig, checkpoint["config"], path)
         if image_size and (image_size // 16) ** 2 != config.block_size:
             raise InputError(f"{path} makes {config.block_size} tokens per image: leave the image size out")
     return build(GPT, config, weights, path, device, dtype)

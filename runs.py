@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,6 +17,7 @@ import textwrap
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -57,12 +59,14 @@ def run(main, get_args):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Flags
+# Flags, and arguments from Python
 
 def number(kind, words, fits):
     """An argparse type: a finite number of this kind for which fits(number) holds; words describe those."""
     def parse(text):
         value = kind(text)
+        if abs(value) >= 2 ** 63:                        # torch and NumPy count in 64 bits
+            raise argparse.ArgumentTypeError(f"{text} is too large: it has to be within 64 bits")
         if not (math.isfinite(value) and fits(value)):
             raise argparse.ArgumentTypeError(f"{text} is not {words}")
         return value
@@ -76,6 +80,28 @@ positive = number(float, "above zero", lambda x: x > 0)
 not_negative = number(float, "0 or more", lambda x: x >= 0)
 finite = number(float, "a finite number", lambda x: True)
 share = number(float, "between 0 and 1", lambda x: 0 <= x <= 1)
+
+
+def check_tensor(name, x, shape, device=None, ids=None, wait=False):
+    """InputError unless x is a tensor of this shape (a letter: any size), on this device; if ids is given, of
+    int64 or int32 from 0 to ids - 1. The numbers are looked at on the CPU only: for a GPU's it would have to
+    wait, and a compiled graph would break. wait: wait for them."""
+    if not (torch.is_tensor(x) and x.ndim == len(shape) and device in (None, x.device) and
+            all(n == size or isinstance(n, str) for n, size in zip(shape, x.shape)) and
+            (ids is None or x.dtype in (torch.int64, torch.int32))):
+        found = f"{x.dtype} {tuple(x.shape)} on {x.device}" if torch.is_tensor(x) else type(x).__name__
+        raise InputError(f"{name} is {found}: it has to be {'int64' if ids else 'a tensor'} of shape "
+                         f"({', '.join(map(str, shape))})" + (f" on {device}" if device else ""))
+    seen = ids and x.numel() and not torch.compiler.is_compiling() and (wait or x.device.type == "cpu")
+    if seen and not 0 <= x.min() <= x.max() < ids:
+        raise InputError(f"{name} holds {x.min()} to {x.max()}: it has to be from 0 to {ids - 1}")
+
+
+def check_compile(args, device):
+    """Compile a small function: if --compile cannot work here, the run ends now and not at its first step."""
+    if args.compile:
+        with explained("--compile does not work here", "leave it out, or install a C++ compiler such as g++"):
+            torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
 
 
 def flag_parser(file, doc):
@@ -370,6 +396,24 @@ def resume_state(args, *needed):
 # ------------------------------------------------------------------------------------------------------------
 # Weights from files
 
+def plain_names(part):
+    """A state dict under the names of the bare model, without those that torch.compile, DDP and FSDP put in
+    front or in between; None for what is no state dict."""
+    if not isinstance(part, dict) or not part or not all(map(torch.is_tensor, part.values())):
+        return None
+    wrappers = r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    return {re.sub(wrappers, "", str(name)): w for name, w in part.items()}
+
+
+def read_config(config_class, saved, path):
+    """The dataclass from the dict that a checkpoint keeps of it; fields that it lacks have their defaults."""
+    with explained(f"{path} is damaged: its config makes no sense"):
+        if newer := dict(saved).keys() - {field.name for field in fields(config_class)}:
+            raise InputError(f"{path} was written by a newer version of this code, its config has "
+                             f"{', '.join(sorted(map(str, newer)))}: update the code")
+        return config_class(**saved)
+
+
 def read_checkpoint(path, mmap=False):
     """Read a .pt file into a dict with at least "model" (a state dict). Never runs code hidden in the file.
 
@@ -389,9 +433,11 @@ def read_checkpoint(path, mmap=False):
         raise InputError(f"{path} cannot be read as a checkpoint: it is empty, damaged, no PyTorch file, or "
                          f"holds pickled code, of which nothing was run") from None
     file = file if isinstance(file, dict) else {}
-    for weights in (file.get("model"), file.get("module"), file.get("state_dict"), file):
-        if isinstance(weights, dict) and weights and all(map(torch.is_tensor, weights.values())):
-            return {**({} if weights is file else file), "model": weights}
+    if isinstance(text := file.get("text_encoder"), dict):       # a GPT's, with weights of its own
+        text["model"] = plain_names(text.get("model"))
+    for part in (file.get("model"), file.get("module"), file.get("state_dict"), file):
+        if weights := plain_names(part):
+            return {**({} if part is file else file), "model": weights}
     raise InputError(f"{path} holds no weights, neither bare nor under model, module or state_dict")
 
 
@@ -405,11 +451,19 @@ def fill_weights(model, weights, path, assign=False):
 def build(model_class, config, weights, path, device, dtype):
     """model_class(config) in eval mode with these weights, on the device in the dtype asked for. It is made
     without memory (on the meta device) and takes over copies of the weights, one tensor at a time: with
-    memory-mapped weights no more than the finished model is ever held."""
-    with torch.device("meta"):
-        model = model_class(config)
-    copies = {name: w.to(device=device, dtype=dtype, copy=True) for name, w in weights.items()}
-    return fill_weights(model, copies, path, assign=True).to(device).eval()
+    memory-mapped weights no more than the finished model is ever held. Left out are the tables, masks, caches
+    and counters that some versions save beside the layers; what is in a layer would change what it does."""
+    with explained(f"{path} cannot be loaded"):
+        with torch.device("meta"):
+            model = model_class(config)
+        own, copies = model.state_dict().keys(), {}
+        for name, weight in weights.items():
+            layer, _, last = name.rpartition(".")
+            if name in own or last in ("weight", "bias") or f"{layer}.weight" in own:
+                if not weight.is_floating_point():
+                    raise InputError(f"{path} holds quantised weights: pass what they were made from")
+                copies[name] = weight.to(device=device, dtype=dtype, copy=True)
+        return fill_weights(model, copies, path, assign=True).to(device).eval()
 
 
 def weights_hash(model):

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from data import to_device
 from model import RMSNorm
-from runs import (InputError, SharedArray, build, explained, fast_dtype, read_checkpoint, short_hash,
-                  weights_hash)
+from runs import (InputError, SharedArray, build, explained, fast_dtype, read_checkpoint, read_config,
+                  short_hash, weights_hash)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -452,8 +452,10 @@ def saved_text_encoder(text):
 
 def tiny_text_encoder_from(saved, path, device="cpu"):
     """The TextEncoder, in eval mode, that saved_text_encoder described."""
-    t5 = build(T5Encoder, T5Config(**saved["config"]), saved["model"], path, device, torch.float32)
-    return TextEncoder(WordTokenizer(saved["words"]), t5, saved["length"]).eval()
+    with explained(f"{path} holds a damaged text encoder"):
+        config = read_config(T5Config, saved["config"], path)
+        t5 = build(T5Encoder, config, saved["model"], path, device, torch.float32)
+        return TextEncoder(WordTokenizer(saved["words"]), t5, saved["length"]).eval()
 
 
 def pretrained_text_encoder(folder, length=120, device="cpu"):

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from runs import InputError, build, read_checkpoint
+from runs import InputError, build, check_tensor, explained, read_checkpoint, read_config
 
 
 @dataclass
@@ -133,10 +133,8 @@ class Level(nn.Module):
             x = res(x)
             if len(self.attn) > 0:
                 x = self.attn[i](x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        if hasattr(self, "upsample"):
-            x = self.upsample(x)
+        for resize in ("downsample", "upsample"):                # a level has one of them or none
+            x = getattr(self, resize)(x) if hasattr(self, resize) else x
         return x
 
 
@@ -268,12 +266,18 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
 
     def encode(self, images):
-        """images (B, 3, H, W) -> latents before quantization (B, C, h, w)."""
-        f = self.config.downsample
-        if images.shape[-2] % f or images.shape[-1] % f:
-            raise InputError(f"images are {images.shape[-1]}x{images.shape[-2]} pixels, but this tokenizer "
-                             f"makes one token of {f}x{f}: use a width and a height divisible by {f}")
-        return self.quant_conv(self.encoder(images))
+        """images (B, 3, H, W), in any precision -> latents before quantization (B, C, h, w)."""
+        check_tensor("images", images, ("B", 3, "H", "W"))
+        if not images.is_floating_point():
+            raise InputError(f"images are {images.dtype}: they have to be float in [-1, 1], see to_float")
+        f, (H, W) = self.config.downsample, images.shape[2:]
+        if H % f or W % f or not H * W:
+            raise InputError(f"images are {W}x{H} pixels, but this tokenizer makes one token of {f}x{f}: use "
+                             f"a width and a height divisible by {f}")
+        return self.quant_conv(self.encoder(images.to(self.quant_conv.weight)))
+
+    def decode(self, zq):                                        # zq   (B, C, h, w)
+        return self.decoder(self.post_quant_conv(zq.to(self.post_quant_conv.weight)))
 
     def tokenize(self, images):
         """images (B, 3, H, W) float in [-1, 1] -> tokens (B, N) int64, row by row from the top left."""
@@ -282,17 +286,17 @@ class VQModel(nn.Module):
 
     def detokenize(self, tokens, grid=None):
         """tokens (B, N) -> images (B, 3, H, W); grid = (h, w), a square when left out."""
+        check_tensor("tokens", tokens, ("B", "N"), ids=self.config.codebook_size, wait=True)
         h, w = grid or (math.isqrt(tokens.shape[1]),) * 2
-        if h * w != tokens.shape[1]:
+        if h * w != tokens.shape[1] or not h * w:
             raise InputError(f"{tokens.shape[1]} tokens do not fill a {h}x{w} grid: pass grid=(h, w)")
         zq = self.quantize.codes()[tokens]                       # zq   (B, N, C)
-        zq = zq.transpose(1, 2).unflatten(2, (h, w))             #      (B, C, h, w)
-        return self.decoder(self.post_quant_conv(zq.to(self.post_quant_conv.weight.dtype)))
+        return self.decode(zq.transpose(1, 2).unflatten(2, (h, w)))
 
     def forward(self, images):
         """images (B, 3, H, W) -> reconstructions (B, 3, H, W), tokens (B, N), losses (a dict of scalars)."""
         zq, tokens, losses = self.quantize(self.encode(images))
-        return self.decoder(self.post_quant_conv(zq)), tokens, losses
+        return self.decode(zq), tokens, losses
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -300,7 +304,7 @@ class VQModel(nn.Module):
 
 def infer_vq_config(weights, path):
     """The configuration of a released tokenizer, read off the shapes of its tensors."""
-    try:
+    with explained(f"{path} is not a tokenizer checkpoint: a tensor is missing or misshapen"):
         ch = weights["encoder.conv_in.weight"].shape[0]
         count = lambda name: sum(f"{name % i}" in weights for i in range(100))
         n_levels = count("encoder.conv_blocks.%d.res.0.conv1.weight")
@@ -309,8 +313,6 @@ def infer_vq_config(weights, path):
         shape = dict(ch=ch, ch_mult=tuple(width(i) // ch for i in range(n_levels)),
                      z_channels=weights["quant_conv.weight"].shape[1],
                      num_res_blocks=count("encoder.conv_blocks.0.res.%d.conv1.weight"))
-    except KeyError as error:
-        raise InputError(f"{path} is not a tokenizer checkpoint: it has no tensor named {error}") from None
     # The number of groups leaves no trace in the shapes: it is that of the fitting row of VQ_SIZES, else 32.
     rows = (VQConfig(**size) for size in VQ_SIZES.values())
     groups = [row.norm_groups for row in rows if all(getattr(row, k) == v for k, v in shape.items())]
@@ -320,10 +322,11 @@ def infer_vq_config(weights, path):
 def load_tokenizer(path, device="cpu"):
     """A VQModel in eval mode from this project's checkpoint or from a released file (vq_ds16_c2i.pt, ...)."""
     checkpoint = read_checkpoint(path, mmap=True)
-    weights = {name: w for name, w in checkpoint["model"].items() if name != "quantize.codebook_used"}
+    weights = checkpoint["model"]
     if "quantize.embedding.weight" not in weights:
         raise InputError(f"{path} is not a tokenizer checkpoint: it has no quantize.embedding.weight")
-    config = VQConfig(**checkpoint["config"]) if "config" in checkpoint else infer_vq_config(weights, path)
+    config = (read_config(VQConfig, checkpoint["config"], path) if "config" in checkpoint else
+              infer_vq_config(weights, path))
     vq = build(VQModel, config, weights, path, device, torch.float32)
     return vq.to(memory_format=torch.channels_last)              # faster convolutions, on CPUs too
 

@@ -23,9 +23,9 @@ import torch.nn as nn
 from data import (batch_indices, check_tokenizer, code_key, extract_codes, image_grid, load_data, read_about,
                   read_captions, read_codes, spread, to_device)
 from model import GPT, GPT_SIZES, GPTConfig, load_gpt
-from runs import (InputError, Progress, add_training_flags, counting, fast_dtype, fill_weights, finite,
-                  flag_parser, learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
-                  read_checkpoint, resume_state, run, share, update_ema, weights_hash)
+from runs import (InputError, Progress, add_training_flags, check_compile, counting, fast_dtype, fill_weights,
+                  finite, flag_parser, learning_rate, mixed_precision, natural, not_negative, pick_device,
+                  positive, read_checkpoint, resume_state, run, share, update_ema, weights_hash)
 from sample import SETTINGS, generate
 from text import (Captions, Classes, pretrained_text_encoder, saved_text_encoder, tiny_text_encoder,
                   tiny_text_encoder_from)
@@ -162,17 +162,35 @@ def quick_start(gpt, codebook):
             nn.init.zeros_(linear.weight)
 
 
-def prepare_model(args, own, vq, base, device):
+def read_base(args, vq):
+    """The checkpoint --init, or {}. InputError, before pictures are tokenized, if it cannot be the start."""
+    if not args.init:
+        return {}
+    base, V = read_checkpoint(args.init, mmap=True), vq.config.codebook_size
+    kind = "text" if "cls_embedding.uncond_embedding" in base["model"] else "class"
+    if len(base["model"].get("tok_embeddings.weight", ())) != V:
+        raise InputError(f"{args.init} does not fit {args.vq}: it is no GPT for a codebook of {V:,} entries")
+    if kind != args.cond:
+        raise InputError(f"{args.init} does not fit --cond {args.cond}: it was trained with --cond {kind}")
+    return base
+
+
+def prepare_model(args, own, names, vq, base, device):
     """A new GPT of --size, or one with the weights of --init (`base`, its checkpoint) on a grid of its own.
-    own: what the data decide of its configuration."""
-    config, weights = GPTConfig(**GPT_SIZES[args.size]), None
-    if args.init:
-        first = load_gpt(args.init, checkpoint=base)
-        config, weights = first.config, first.state_dict()
+    own: what the data decide of its configuration; names: of their classes."""
+    first = load_gpt(args.init, checkpoint=base) if args.init else None
+    config = first.config if first else GPTConfig(**GPT_SIZES[args.size])
     config = replace(config, **own, token_dropout=args.dropout, resid_dropout=args.dropout,
                      ffn_dropout=args.dropout, class_dropout=args.class_dropout, drop_path=args.drop_path)
     gpt = GPT(config)
-    if weights:
+    if first:
+        weights, table = first.state_dict(), "cls_embedding.embedding_table.weight"
+        before = first.config.num_classes
+        if table in weights and (before != len(names) or base.get("class_names", names) != names):
+            # With other classes only the last row, the null class, means what it meant.
+            print(f"{args.init} has {before:,} classes, the data {len(names):,} others: the table of classes "
+                  f"starts anew, all other weights are kept")
+            weights[table] = torch.cat([gpt.state_dict()[table][:-1], weights[table][-1:]])
         fill_weights(gpt, weights, args.init)
     elif not args.paper_init:
         quick_start(gpt, vq.quantize.codes().cpu())
@@ -199,7 +217,7 @@ def get_args(argv=None):
     add_training_flags(parser, out="out/gpt.pt", minutes=6.25)
     parser.add_argument("--vq", default="out/vq.pt", help="the tokenizer: train_vq.py's or a released one")
     parser.add_argument("--codes", help="a folder that data.py extract filled, instead of --data")
-    parser.add_argument("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
+    parser.add_argument("--ten-crop", type=positive, nargs="+", default=[], metavar="RANGE",
                         help="tokenize ten crops at RANGE times the size, 1.1 1.05 in the paper, instead of "
                              "the centre and its mirror image")
     add = parser.add_argument_group("text").add_argument
@@ -232,14 +250,14 @@ def main(args):
     # 1. The tokenizer, and the pictures as it sees them
     state = resume_state(args, "vq_hash")
     device = pick_device(args.device)
+    check_compile(args, device)
     torch.manual_seed(args.seed)
     vq = load_tokenizer(args.vq, device)
     vq_hash = weights_hash(vq)
-    base = read_checkpoint(args.init, mmap=True) if args.init else {}
+    base = read_base(args, vq)
     for path, checkpoint in ((args.init, base), (args.out, state or {})):
         if checkpoint.get("vq_hash", vq_hash) != vq_hash:
-            raise InputError(f"{path} and {args.vq} do not belong together: the GPT was trained on the "
-                             "tokens of another tokenizer")
+            raise InputError(f"{path} and {args.vq} do not belong together: that GPT had another tokenizer")
     folders = prepare_codes(args, vq, vq_hash, device)
     (codes, labels, about), (test_codes, test_labels, _) = (read_codes(folder) for folder in folders)
     # Pictures that could not be read have the label -1: never ask for them.
@@ -253,7 +271,7 @@ def main(args):
         saved = (state or base).get("text_encoder")
         train, test, text = prepare_captions(args, folders, base, saved, device)
         own |= dict(model_type="t2i", cls_token_num=train.ids.shape[1], caption_dim=train.width)
-    gpt = prepare_model(args, own, vq, base, device)
+    gpt = prepare_model(args, own, names, vq, base, device)
     if state and state["config"] != asdict(gpt.config):
         raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
     learns = text is not None and args.text_encoder == "tiny"    # the text encoder, together with the GPT

@@ -17,9 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import find_file, image_grid, load_data, spread
-from runs import (InputError, Progress, add_training_flags, counting, fast_dtype, fill_weights, finite,
-                  flag_parser, learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
-                  read_checkpoint, resume_state, run, update_ema)
+from runs import (InputError, Progress, add_training_flags, check_compile, counting, fast_dtype, fill_weights,
+                  finite, flag_parser, learning_rate, mixed_precision, natural, not_negative, pick_device,
+                  positive, read_checkpoint, resume_state, run, update_ema)
 from tokenizer import (VQ_SIZES, VQConfig, VQModel, evaluate, load_tokenizer, to_pictures, tokenize_in_passes)
 
 
@@ -243,6 +243,7 @@ def main(args):
     # 1. What to learn from, and the networks: the tokenizer and its judges
     state = resume_state(args, "disc")
     device = pick_device(args.device)
+    check_compile(args, device)
     torch.manual_seed(args.seed)
     vq, name = prepare_model(args, state, device)
     config = vq.config

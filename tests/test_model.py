@@ -200,6 +200,45 @@ def test_the_cache_keeps_what_was_written_and_hands_out_all_places():
     assert cache.k.shape == (1, 3, 5, 4) and torch.equal(cache.k, k[:1])
 
 
+TOKENS, COND = torch.zeros(2, 15, dtype=torch.long), torch.tensor([1, 2])
+
+
+@pytest.mark.parametrize("changes, told", [
+    (dict(tokens=[1, 2]), "tokens is list"), (dict(tokens=TOKENS + 96), "0 to 95"),
+    (dict(tokens=TOKENS - 1), "0 to 95"), (dict(tokens=TOKENS.float()), "int64"),
+    (dict(tokens=TOKENS[0]), "tokens"), (dict(tokens=TOKENS[:1]), r"\(2, T\)"),
+    (dict(tokens=TOKENS.bool()), "int64"), (dict(cond=[1, 2]), "cond is list"),
+    (dict(tokens=None), "tokens is NoneType"), (dict(cond=COND + 10), "0 to 10"),
+    (dict(cond=COND - 3), "0 to 10"), (dict(cond=COND[None]), r"\(B\)"),
+    (dict(cond=COND.to("meta")), "on meta"), (dict(cond=COND.float()), "int64"),
+    (dict(targets=TOKENS), r"targets .*\(2, 16\)"), (dict(targets=torch.full((2, 16), 96)), "0 to 95"),
+    (dict(targets=[1]), "targets is list"), (dict(targets=torch.zeros(2, 16)), "int64"),
+    (dict(cond_mask=torch.ones(2, 4)), r"cond_mask .*\(2, 1\)"),
+    (dict(cond_mask=[1, 1]), "cond_mask is list")])
+def test_a_gpt_refuses_at_its_door_what_does_not_fit_with_the_shape_that_does(changes, told):
+    with pytest.raises(InputError, match=told):
+        small_gpt()(**{"tokens": TOKENS, "cond": COND, **changes})
+
+
+@pytest.mark.parametrize("cond", [torch.zeros(2, 3), torch.zeros(2, 4, 8), torch.zeros(2, 3, 9), [1], COND])
+def test_a_text_gpt_asks_for_features_of_its_own_shape(cond):
+    gpt = small_gpt(model_type="t2i", cls_token_num=3, caption_dim=8)
+    with pytest.raises(InputError, match=r"cond .*\(B, 3, 8\)"):
+        gpt(TOKENS, cond)
+    with pytest.raises(InputError, match=r"cond_mask .*\(2, 3\)"):
+        gpt(TOKENS, torch.zeros(2, 3, 8), cond_mask=torch.ones(2, 8))
+
+
+def test_the_checks_at_the_door_break_no_compiled_graph():
+    torch._dynamo.reset()
+    gpt, tokens = small_gpt().eval(), torch.randint(96, (2, 16))
+    compiled = torch.compile(gpt, backend="aot_eager", fullgraph=True)
+    for B in (2, 1):                                             # the second size makes the shapes symbols
+        given = tokens[:B, :-1], COND[:B], tokens[:B], torch.ones(B, 1)
+        for found, expected in zip(compiled(*given), gpt(*given)):
+            torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.cuda
 def test_cuda_gives_the_same_logits_as_the_cpu():
     gpt = small_gpt().eval()

@@ -1,5 +1,8 @@
 """pytest -q tests/test_sample.py"""
 import argparse
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -8,6 +11,9 @@ import torch
 from PIL import Image
 
 import sample
+import train_gpt
+import train_vq
+from conftest import ROOT
 from data import image_grid, imagenet_names
 from model import GPT, GPT_SIZES, GPTConfig
 from sample import draw, filter_logits, generate, get_args, main, parse_classes
@@ -323,11 +329,28 @@ def test_a_tokenizer_of_another_gpt_is_refused(tmp_path, checkpoints):
 
 
 @pytest.mark.parametrize("flags", [["--num-samples", "0"], ["--temperature", "-1"], ["--top-p", "0"],
-                                   ["--per-class", "x"]])
+                                   ["--per-class", "x"], ["--seed", str(2 ** 64)], ["--seed", "9" * 400],
+                                   ["--num-samples", "1" + "0" * 30], ["--top-k", "1" + "0" * 400],
+                                   ["--batch-size", str(2 ** 63)], ["--cfg-interval", str(-2 ** 70)],
+                                   ["--temperature", "nan"], ["--temperature", "inf"], ["--cfg-scale", "nan"],
+                                   ["--cfg-scale", "-inf"], ["--cfg-interval", "-5"], ["--top-p", "nan"]])
 def test_impossible_flags_end_with_a_message(flags):
     with pytest.raises(SystemExit) as error:
         get_args(flags)
     assert error.value.code == 2
+
+
+@pytest.mark.parametrize("flags", [["--seed", str(2 ** 63)], ["--limit", "1" + "0" * 30],
+                                   ["--steps", "9" * 400],
+                                   ["--batch-size", str(2 ** 64)], ["--lr", "1e300"], ["--lr", "inf"]])
+def test_numbers_beyond_64_bits_are_told_by_the_training_scripts_too(flags, capsys):
+    for module in (train_vq, train_gpt):
+        with pytest.raises(SystemExit) as error:
+            module.get_args(flags)
+        assert error.value.code == 2 and "too large" in capsys.readouterr().err
+    assert train_gpt.get_args(["--seed", str(2 ** 63 - 1)]).seed == 2 ** 63 - 1
+    with pytest.raises(SystemExit):
+        train_gpt.get_args(["--ten-crop", "nan"])
 
 
 # text
@@ -412,3 +435,65 @@ def test_a_prefix_counts_for_the_guidance_interval(gpt, given, interval):
         logits = guided if i <= interval + 1 else conditional
         expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(tokens, expected)
+
+
+# from Python, and --compile
+
+@pytest.mark.parametrize("settings, told", [
+    (dict(temperature=-1.0), "temperature"), (dict(temperature=float("nan")), "temperature"),
+    (dict(temperature=None), "temperature"), (dict(cfg_scale=float("inf")), "cfg_scale"),
+    (dict(cfg_scale=float("nan")), "cfg_scale"), (dict(cfg_interval=-5), "cfg_interval"),
+    (dict(top_k=-1), "top_k"), (dict(top_p=0), "top_p"), (dict(top_p=1.5), "top_p"),
+    (dict(top_p=float("nan")), "top_p"), (dict(prefix=torch.zeros(2, 17, dtype=torch.long)), "prefix has 17"),
+    (dict(prefix=torch.full((2, 3), 64)), "0 to 63"), (dict(prefix=torch.full((2, 3), -1)), "0 to 63"),
+    (dict(prefix=torch.zeros(2, 3)), "prefix"), (dict(prefix=[[1], [2]]), "prefix is list"),
+    (dict(prefix=torch.zeros(3, 2, dtype=torch.long)), r"\(2, P\)"),
+    (dict(prefix=torch.zeros(2).long()), "prefix"),
+    (dict(cond_mask=torch.ones(2, 3)), r"cond_mask .*\(2, 1\)"), (dict(cond=[1, 2]), "cond is list"),
+    (dict(cond=torch.tensor([1, 11])), "0 to 10"), (dict(cond=torch.tensor([-1, 1])), "0 to 10"),
+    (dict(cond=torch.tensor(3)), r"\(B\)"), (dict(cond=torch.tensor([1.0, 2.0])), "int64"),
+    (dict(cond=7), "cond is int")])
+def test_generate_refuses_at_its_door_what_it_cannot_use(gpt, settings, told):
+    with pytest.raises(InputError, match=told):
+        generate(gpt, **{"cond": torch.tensor([1, 2]), **settings})
+
+
+def test_a_temperature_that_float32_cannot_divide_by_is_that_of_zero(gpt):
+    cond = torch.tensor([1, 2])
+    for temperature in (1e-300, 1e-30, 1e-12):
+        assert torch.equal(generate(gpt, cond, temperature=temperature), generate(gpt, cond, temperature=0))
+    assert generate(gpt, cond, top_k=10 ** 18).shape == (2, 16)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(cfg_scale=2.0), dict(cfg_scale=2.0, cfg_interval=3)])
+def test_rows_that_only_fill_a_batch_up_change_no_picture(gpt, settings):
+    cond, prefix, draw_with = torch.tensor([1, 7]), torch.randint(64, (2, 3)), torch.Generator
+    few = generate(gpt, cond, prefix=prefix, generator=draw_with().manual_seed(1), **settings)
+    filled = generate(gpt, cond, prefix=prefix, generator=draw_with().manual_seed(1), fill=5, **settings)
+    assert torch.equal(few, filled)
+
+
+def test_batches_of_other_sizes_compile_nothing_new_and_draw_the_same(tmp_path, checkpoints, monkeypatch):
+    shapes, drawn, real = [], [], torch.compile
+
+    def count(function, **named):
+        return real(function, **named, backend=lambda graph, inputs: shapes.append(graph) or graph.forward)
+    torch._dynamo.reset()
+    for flags in ([], ["--compile"]):
+        monkeypatch.setattr(torch, "compile", count)
+        main(get_args([*checkpoints, "--npz", str(tmp_path / "s.npz"), "--num-samples", "13", "--batch-size",
+                       "5", "--cfg-interval", "4", *flags]))
+        with np.load(tmp_path / "s.npz") as file:
+            drawn.append(file["arr_0"])
+    assert np.array_equal(*drawn) and len(shapes) == 3           # the probe, with guidance, without
+
+
+def test_compile_without_a_compiler_is_one_line_before_anything_else(tmp_path):
+    command = [sys.executable, "-c", "import sys, runs, sample, train_vq, train_gpt\n"
+               "for module in (sample, train_vq, train_gpt):\n"
+               "    try: runs.run(lambda args: module.main(args), lambda: module.get_args(sys.argv[1:]))\n"
+               "    except SystemExit as end: print(end, file=sys.stderr)", "--compile", "--device", "cpu"]
+    result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, env=os.environ | {
+        "CXX": "no-such-compiler", "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    told = result.stderr.strip().splitlines()
+    assert len(told) == 3 and all("error: --compile does not work here" in line for line in told), told

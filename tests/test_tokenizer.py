@@ -165,3 +165,36 @@ def test_tokens_do_not_depend_on_how_pictures_are_grouped(monkeypatch):
     assert torch.equal(whole[:7], tokenize_in_passes(vq, images[:7], "cpu"))
     assert torch.equal(whole, torch.cat([tokenize_in_passes(vq, block, "cpu") for block in images.split(9)]))
     assert torch.equal(whole[:32], vq.tokenize(to_float(images[:32])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_pictures_of_any_precision_go_into_a_tokenizer_of_any_precision(dtype):
+    vq, images = VQModel(VQConfig(**TINY)).eval(), torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(vq.tokenize(images.double()), vq.tokenize(images))
+    vq = vq.to(dtype)
+    tokens, (recon, again, losses) = vq.tokenize(images), vq(images)
+    assert torch.equal(tokens, again) and recon.dtype == vq.detokenize(tokens).dtype == dtype
+    assert all(loss.isfinite() for loss in losses.values())
+    assert to_pictures(vq, tokens).shape == (2, 16, 16, 3)
+
+
+@pytest.mark.parametrize("images, told", [
+    (torch.zeros(1, 1, 16, 16), r"\(B, 3, H, W\)"), (torch.zeros(3, 16, 16), r"\(B, 3, H, W\)"),
+    (torch.zeros(1, 16, 16, 3), r"\(B, 3, H, W\)"), (torch.zeros(1, 4, 16, 16), r"\(B, 3, H, W\)"),
+    (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "float in"), ([[1.0]], "images is list"),
+    (torch.zeros(1, 3, 0, 0), "0x0 pixels"), (torch.zeros(1, 3, 15, 16), "divisible by 2")])
+def test_a_tokenizer_refuses_other_pictures_with_the_shape_that_it_reads(images, told):
+    vq = VQModel(VQConfig(**TINY)).eval()
+    for use in (vq, vq.encode, vq.tokenize):
+        with pytest.raises(InputError, match=told):
+            use(images)
+
+
+@pytest.mark.parametrize("tokens, told", [
+    (torch.full((1, 4), 64), "0 to 63"), (torch.full((1, 4), -1), "0 to 63"), (torch.zeros(1, 4), "int64"),
+    (torch.zeros(4).long(), r"\(B, N\)"), (torch.zeros(1, 2, 2).long(), r"\(B, N\)"),
+    ([[1, 2, 3, 4]], "tokens is list"), (torch.zeros(1, 4, dtype=torch.uint8), "int64"),
+    (torch.zeros(1, 0).long(), "grid")])
+def test_tokens_that_are_none_are_refused_and_not_wrapped_around(tokens, told):
+    with pytest.raises(InputError, match=told):
+        VQModel(VQConfig(**TINY)).detokenize(tokens)
