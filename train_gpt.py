@@ -21,11 +21,11 @@ import torch
 import torch.nn as nn
 
 from data import (batch_indices, check_tokenizer, code_key, extract_codes, image_grid, load_data, read_about,
-                  read_captions, read_codes, spread, to_device)
+                  read_captions, read_codes, save_picture, spread, to_device)
 from model import GPT, GPT_SIZES, GPTConfig, load_gpt
-from runs import (InputError, Progress, add_training_flags, counting, fast_dtype, fill_weights, finite,
-                  flag_parser, learning_rate, mixed_precision, natural, not_negative, pick_device, positive,
-                  read_checkpoint, resume_state, run, share, update_ema, weights_hash)
+from runs import (InputError, Progress, add_training_flags, check_same_data, counting, fast_dtype,
+                  fill_weights, finite, flag_parser, learning_rate, mixed_precision, natural, not_negative,
+                  pick_device, positive, read_checkpoint, resume_state, run, share, update_ema, weights_hash)
 from sample import SETTINGS, generate
 from text import (Captions, Classes, pretrained_text_encoder, saved_text_encoder, tiny_text_encoder,
                   tiny_text_encoder_from)
@@ -132,8 +132,8 @@ def save_samples(gpt, text, vq, conditions, device, path, args, columns=8):
     tokens = generate(gpt, cond, cond_mask, cfg_scale=cfg_scale if args.cfg_scale is None else args.cfg_scale,
                       temperature=temperature if args.temperature is None else args.temperature,
                       generator=torch.Generator(device).manual_seed(args.seed))
-    image_grid(to_pictures(vq, tokens).cpu().numpy(), columns,
-               row_names=[conditions.names[i] for i in rows[::columns]]).save(path)
+    save_picture(image_grid(to_pictures(vq, tokens).cpu().numpy(), columns,
+                            row_names=[conditions.names[i] for i in rows[::columns]]), path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -245,6 +245,10 @@ def main(args):
     # Pictures that could not be read have the label -1: never ask for them.
     kept, test_kept = np.flatnonzero(labels >= 0), np.flatnonzero(test_labels >= 0)
     names, N = about["class_names"], codes.shape[2]
+    # Codes from before there were identities have only this.
+    identity = {"class_names": names, "pictures": len(codes), **about.get("identity", {}),
+                "readable": len(kept)}
+    check_same_data(args, state or {}, identity)
     # 2. What stands in front of the tokens, and the GPT that reads it
     own = dict(vocab_size=vq.config.codebook_size, block_size=N, model_type="c2i", num_classes=len(names))
     if args.cond == "class":
@@ -278,7 +282,8 @@ def main(args):
     def save():
         encoder = {"text_encoder": saved_text_encoder(best["text"])} if learns else {}
         progress.save(model=best["gpt"].state_dict(), raw=nets.state_dict(), config=asdict(gpt.config),
-                      optimizer=optimizer.state_dict(), class_names=names, vq_hash=vq_hash, **encoder)
+                      optimizer=optimizer.state_dict(), class_names=names, vq_hash=vq_hash, data=identity,
+                      **encoder)
 
     def look(count):
         """Write the sample grid; returns the loss over `count` held-out pictures."""
