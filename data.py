@@ -498,6 +498,8 @@ def ignore_interrupts(worker):
             pass
         os._exit(0)
 
+    # The threads that pass tensors on would print a traceback when the main process ends in between.
+    sys.excepthook = lambda *_: None
     for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):         # Windows has no SIGHUP
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):                           # the Mac has not
@@ -762,8 +764,11 @@ def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
 
 
 def save_picture(sheet, path):
+    # In memory first: on a full disk Pillow writes a part of a JPEG and does not say so.
+    content = io.BytesIO()
+    sheet.save(content, Image.registered_extensions()[Path(path).suffix.lower()])
     with whole_file(path) as partial:
-        sheet.save(partial)
+        partial.write_bytes(content.getvalue())
 
 
 def check_codes(folder, vq, vq_hash, device, path, count=8):
