@@ -36,7 +36,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from runs import (DEVICE_HELP, InputError, SharedArray, alone, check_output, counting, explained, flag_parser,
-                  pick_device, rank_and_world, run, short_hash, wait_for_all, weights_hash, whole_file)
+                  on_signals, pick_device, rank_and_world, run, short_hash, wait_for_all, weights_hash,
+                  whole_file)
 from shapes import KINDS, SHAPES_COUNT, captioned_shapes, draw_shapes, spread
 from tokenizer import (codebook_statistics, load_tokenizer, peak_signal_to_noise, to_float, to_pictures,
                        tokenize_in_passes)
@@ -459,8 +460,12 @@ class FolderData(Pictures):
         loader = torch.utils.data.DataLoader(
             self, batch_sampler=batch_sampler, num_workers=min(8, os.cpu_count() or 1), collate_fn=tuple,
             worker_init_fn=ignore_interrupts, generator=torch.Generator())
-        lost = 0                                                 # pictures in a row
-        for images, labels in loader:
+        lost, late = 0, []                                       # lost: pictures in a row
+        with on_signals(lambda number, _: late.append(number)):  # not while half of the workers are there
+            batches = iter(loader)
+        for number in late:
+            signal.raise_signal(number)
+        for images, labels in batches:
             lost = 0 if (labels >= 0).any() else lost + len(labels)
             if lost >= min(len(self), 1000):
                 raise InputError(f"{lost} pictures of {self.arguments['name']} in a row cannot be read: has "

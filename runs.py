@@ -469,7 +469,8 @@ def resume_state(args, *needed):
         raise InputError(f"{args.out} has no complete state to go on from: it was not written by this script")
     for name, now in vars(args).items():
         before = state["args"].get(name, now)            # missing: a flag that is newer than the checkpoint
-        same = now == before or isinstance(now, str) and os.path.realpath(now) == os.path.realpath(before or "")
+        same = now == before or {type(now), type(before)} == {str} and (
+            Path(now).resolve() == Path(before).resolve())       # --data ./x/ and --data x
         if not same and name not in MAY_CHANGE:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{args.out} was trained with other settings, {flag} {before} instead of {now}: "
