@@ -461,8 +461,12 @@ class FolderData(Pictures):
             self, batch_sampler=batch_sampler, num_workers=min(8, os.cpu_count() or 1), collate_fn=tuple,
             worker_init_fn=ignore_interrupts, generator=torch.Generator())
         lost, late = 0, []                                       # lost: pictures in a row
-        with on_signals(lambda number, _: late.append(number)):  # not while half of the workers are there
+        # No signal while half of the workers are there; they are born with SIGTERM blocked.
+        mask = getattr(signal, "pthread_sigmask", lambda *_: None)           # Windows has none
+        with on_signals(lambda number, _: late.append(number)):
+            before = mask(signal.SIG_BLOCK, {signal.SIGTERM})
             batches = iter(loader)
+            mask(signal.SIG_SETMASK, before)
         for number in late:
             signal.raise_signal(number)
         for images, labels in batches:
