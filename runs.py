@@ -398,8 +398,11 @@ class Progress:
         """End the run if its numbers are no longer finite, before anything uses them or is saved."""
         bad = self.since + int(self.good) + 1
         if bad <= self.step:
-            raise InputError(f"step {bad}: the loss or its gradient is NaN or infinite, so the run ends. "
-                             f"{self.args.out} stays as it was last saved; try a lower --lr")
+            self.give_up(bad, "the loss or its gradient is")
+
+    def give_up(self, step, what):
+        raise InputError(f"step {step}: {what} NaN or infinite, so the run ends. {self.args.out} stays as it "
+                         "was last saved; try a lower --lr")
 
     def means(self):
         """The mean of each number since the last call (steps without it count as 0), and the steps per
@@ -429,8 +432,7 @@ class Progress:
         """Write the checkpoint: contents, and what else it takes to go on from here."""
         self.check()
         if not all(w.isfinite().all() for name in ("raw", "disc") for w in contents.get(name, {}).values()):
-            raise InputError(f"step {self.step}: the weights have become NaN or infinite, so the run ends. "
-                             f"{self.args.out} stays as it was last saved; try a lower --lr")
+            self.give_up(self.step, "the weights have become")
         path, random = Path(self.args.out), {kind: s.get_rng_state() for kind, s in self.streams.items()}
         if self.fresh:                       # copies: at no moment is there no checkpoint of that name
             for old in filter(Path.exists, (path, self.log_path, path.with_suffix(".png"))):
@@ -456,8 +458,8 @@ def resume_state(args, *needed):
     if rank_and_world()[1] > 1:
         raise InputError("training runs in one process: start it with python, not with torchrun")
     out = check_output(args.out, (".pt",))
-    ours = [out] + [out.with_suffix(f"{kept}{ending}") for kept in ("", ".previous")
-                    for ending in (".pt", ".jsonl", ".png")]
+    # --init may be --out itself: a copy of that is kept, as NAME.previous.
+    ours = [out.with_suffix(kept + end) for kept in ("", ".previous") for end in (".pt", ".jsonl", ".png")]
     for name, value in vars(args).items():
         if name not in ("out", "resume") and isinstance(value, str) and Path(value).is_file() and any(
                 path.exists() and path.samefile(value) for path in ours[name == "init":]):
@@ -479,7 +481,9 @@ def resume_state(args, *needed):
 
 
 def check_same_data(args, state, identity):
-    """Refuse to go on with other data than before. identity: a dict of what the data are known by."""
+    """Refuse to go on with other data than before. identity: a dict of what the data are known by; given
+    back, for the next checkpoint."""
+    state = state or {}
     for name, now in identity.items():
         # missing: the checkpoint is older than this check
         before = state.get("data", state).get(name, now)
@@ -488,6 +492,7 @@ def check_same_data(args, state, identity):
                 before, now = next(pair for pair in zip_longest(before, now) if len(set(pair)) > 1)
             raise InputError(f"{args.out} was trained on other data, {name} {before} instead of {now}: go on "
                              "with the same, or start anew without --resume")
+    return identity
 
 
 # ------------------------------------------------------------------------------------------------------------

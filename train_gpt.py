@@ -244,13 +244,11 @@ def main(args):
     (codes, labels, about), (test_codes, test_labels, _) = (read_codes(folder) for folder in folders)
     # Pictures that could not be read have the label -1: never ask for them.
     kept, test_kept = np.flatnonzero(labels >= 0), np.flatnonzero(test_labels >= 0)
-    names, N = about["class_names"], codes.shape[2]
-    # Codes from before there were identities have only this.
-    identity = {"class_names": names, "pictures": len(codes), **about.get("identity", {}),
-                "readable": len(kept)}
-    check_same_data(args, state or {}, identity)
+    names, N, V = about["class_names"], codes.shape[2], vq.config.codebook_size
+    identity = check_same_data(args, state, {"class_names": names, "pictures": len(codes),
+                                             "readable": len(kept), **about.get("identity", {})})
     # 2. What stands in front of the tokens, and the GPT that reads it
-    own = dict(vocab_size=vq.config.codebook_size, block_size=N, model_type="c2i", num_classes=len(names))
+    own = dict(vocab_size=V, block_size=N, model_type="c2i", num_classes=len(names))
     if args.cond == "class":
         train, test, text = Classes(names, labels), Classes(names, test_labels), None
     else:
@@ -280,10 +278,9 @@ def main(args):
     preview = Path(args.out).with_suffix(".png")
 
     def save():
-        encoder = {"text_encoder": saved_text_encoder(best["text"])} if learns else {}
+        more = {"data": identity} | ({"text_encoder": saved_text_encoder(best["text"])} if learns else {})
         progress.save(model=best["gpt"].state_dict(), raw=nets.state_dict(), config=asdict(gpt.config),
-                      optimizer=optimizer.state_dict(), class_names=names, vq_hash=vq_hash, data=identity,
-                      **encoder)
+                      optimizer=optimizer.state_dict(), class_names=names, vq_hash=vq_hash, **more)
 
     def look(count):
         """Write the sample grid; returns the loss over `count` held-out pictures."""
@@ -314,7 +311,6 @@ def main(args):
                 # Gradients of the parts add up; each divided by their number, they give the mean over all.
                 (loss / args.grad_accum).backward()
                 mean_loss += loss.detach() / args.grad_accum
-            # Clipping keeps one odd batch from throwing away what thousands have taught.
             norm = nn.utils.clip_grad_norm_(nets.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -339,7 +335,6 @@ def main(args):
     nats = look(count=len(test_kept))
     bits = nats / math.log(2) * N / about["data"]["size"] ** 2
     progress.log(validation_loss=nats, bits_per_pixel=bits)
-    V = gpt.config.vocab_size
     print(f"{progress.step} steps in {minutes:.1f} minutes; over {len(test_kept):,} held-out pictures: "
           f"{nats:.4f} nats per token, {bits:.4f} bits per pixel (ln {V} = {math.log(V):.2f})")
     print(f"wrote {args.out} and {preview}")

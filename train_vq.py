@@ -249,8 +249,7 @@ def main(args):
     lpips = load_lpips(args, device)
     train, test = (load_data(args.data, split, args.image_size, args.limit, args.data_dir,
                              captioned=args.cond == "text") for split in ("train", "test"))
-    batch_size, identity = min(args.batch_size, len(train)), train.identity()
-    check_same_data(args, state or {}, identity)
+    identity, batch_size = check_same_data(args, state, train.identity()), min(args.batch_size, len(train))
     best = copy.deepcopy(vq).eval().requires_grad_(False) if args.ema else vq    # what is saved and looked at
     disc = PatchDiscriminator(args.image_size).to(device)
     optimizer, disc_optimizer = adam(vq, args.lr), adam(disc, args.lr)
