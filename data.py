@@ -19,12 +19,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import tarfile
 import textwrap
+import threading
 import unicodedata
 from collections import Counter
 from contextlib import suppress
@@ -36,8 +38,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from runs import (DEVICE_HELP, InputError, SharedArray, counting, explained, flag_parser, pick_device,
-                  rank_and_world, run, short_hash, wait_for_all, weights_hash, whole_file)
+from runs import (DEVICE_HELP, InputError, SharedArray, alone, check_output, counting, explained, flag_parser,
+                  on_signals, pick_device, rank_and_world, run, short_hash, wait_for_all, weights_hash,
+                  whole_file)
 from shapes import KINDS, SHAPES_COUNT, captioned_shapes, draw_shapes, spread
 from tokenizer import (codebook_statistics, load_tokenizer, peak_signal_to_noise, to_float, to_pictures,
                        tokenize_in_passes)
@@ -92,8 +95,8 @@ def download(group, name):
     address, checksum = PUBLIC_FILES[group, name]
     target, patience = CACHE / group / name, socket.getdefaulttimeout()
     cure = f"get {address}{name} and put it into {target.parent}"
-    with explained(f"{name} is not on this machine and cannot be downloaded", cure, OSError), \
-            whole_file(target) as partial:
+    with whole_file(target) as partial, \
+            explained(f"{name} is not on this machine and cannot be downloaded", cure, OSError):
         target.parent.mkdir(parents=True, exist_ok=True)
         # torch.hub sets none, and a server that falls silent would hold us for ever.
         socket.setdefaulttimeout(20)
@@ -154,7 +157,7 @@ def load_cifar10(split, data_dir):
 
 def imagenet_names():
     """The names of ImageNet's 1,000 classes in the order of their ids."""
-    return Path(__file__).with_name("imagenet_classes.txt").read_text().splitlines()
+    return Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines()
 
 
 CLASS_NAMES = {
@@ -416,6 +419,13 @@ class Pictures:
         return (f"{len(self):,}{part} pictures{classes}{names} in {self.place}" +
                 told("; not used: ", self.unused))
 
+    def identity(self):
+        """What a resumed run has to find again, wherever the folder is by then."""
+        root = str(Path(self.arguments["name"]))
+        names = [str(file).removeprefix(root).lstrip("/") for file, _ in getattr(self, "files", ())]
+        order = short_hash([names, self.labels.tolist(), self.captions])
+        return {"class_names": list(self.class_names), "pictures": len(self), "names, order, captions": order}
+
     def passes(self, batch_size):
         """One pass in order: uint8 (B, K, 3, H, W) and labels (B,), without the unreadable pictures."""
         batches, skipped = in_order(len(self), batch_size), []
@@ -612,12 +622,28 @@ class FolderData(Pictures):
         return images, labels
 
     def loader(self, batch_sampler):
-        """A DataLoader with worker processes, which leave Ctrl-C to the main one: it saves before it ends."""
+        """What a DataLoader with worker processes reads. They leave Ctrl-C to the main one: it saves before
+        it ends. InputError where nothing can be read any more."""
         # A generator of its own: else every loader would take a number from the one that training uses, and
         # a resumed run would draw others than one that went through.
-        return torch.utils.data.DataLoader(
+        loader = torch.utils.data.DataLoader(
             self, batch_sampler=batch_sampler, num_workers=min(8, os.cpu_count() or 1), collate_fn=tuple,
             worker_init_fn=ignore_interrupts, generator=torch.Generator())
+        lost, late = 0, []                                       # lost: pictures in a row
+        # No signal while half of the workers are there; they are born with SIGTERM blocked.
+        mask = getattr(signal, "pthread_sigmask", lambda *_: None)           # Windows has none
+        with on_signals(lambda number, _: late.append(number)):
+            before = mask(signal.SIG_BLOCK, {signal.SIGTERM})
+            batches = iter(loader)
+            mask(signal.SIG_SETMASK, before)
+        for number in late:
+            signal.raise_signal(number)
+        for images, labels in batches:
+            lost = 0 if (labels >= 0).any() else lost + len(labels)
+            if lost >= min(len(self), 1000):
+                raise InputError(f"{lost} pictures of {self.arguments['name']} in a row cannot be read: has "
+                                 "the folder gone?")
+            yield images, labels
 
     def batches(self, batch_size, seed, start=0, device="cpu"):
         """Endless training batches (B, 3, H, W) in [-1, 1], cropped at random the same way for the same
@@ -639,11 +665,24 @@ class FolderData(Pictures):
     def take(self, batches):
         """The pictures of each list of indices: uint8 (B, K, 3, H, W) and labels (B,). What cannot be read is
         black and has the label -1."""
-        return iter(self.loader(batches))
+        return self.loader(batches)
 
 
 def ignore_interrupts(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker: Ctrl-C, a closed terminal or a kill sent to all processes is for the main one to answer.
+    Only its own SIGTERM, at its exit, ends the worker: a thread asks each one who has sent it."""
+    def obey():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+            pass
+        os._exit(0)
+
+    # The threads that pass tensors on would print a traceback when the main process ends in between.
+    sys.excepthook = lambda *_: None
+    for name in {"SIGINT", "SIGHUP"} & set(dir(signal)):         # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):                           # the Mac has not
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey, daemon=True).start()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -830,12 +869,18 @@ def extract_codes(vq, vq_hash, data, folder, device, batch_size=32):
     """
     check_tokenizer(vq, data.size)
     folder, key = Path(folder), code_key(vq_hash, data)
-    if (folder / "about.json").exists():
-        if read_about(folder)["key"] != key:
-            raise InputError(f"{folder} holds the codes of other pictures or of another tokenizer: choose "
-                             "another folder, or delete it")
-        if (folder / "codes.npy").exists():
-            return
+    with alone(folder / "codes.npy", wait=True):
+        if (folder / "about.json").exists():
+            if read_about(folder)["key"] != key:
+                raise InputError(f"{folder} holds the codes of other pictures or of another tokenizer: "
+                                 "choose another folder, or delete it")
+            if (folder / "codes.npy").exists():
+                return
+        fill_codes(vq, vq_hash, data, folder, key, device, batch_size)
+
+
+def fill_codes(vq, vq_hash, data, folder, key, device, batch_size):
+    """The work of extract_codes."""
     N = (data.size // vq.config.downsample) ** 2
     codes = SharedArray(folder / "codes.npy", (len(data), data.crops, N), np.uint16, key)
     batches = [codes.mine[i:i + batch_size].tolist() for i in range(0, len(codes.mine), batch_size)]
@@ -853,13 +898,14 @@ def extract_codes(vq, vq_hash, data, folder, device, batch_size=32):
         labels[skipped] = -1
         # Codes from before that nothing tells about would pass for these ones if all ended here.
         (folder / "codes.npy").unlink(missing_ok=True)
-        np.save(folder / "labels.npy", labels)
-        if data.captions:
-            (folder / "captions.json").write_text(json.dumps(data.captions))
         about = dict(key=key, vq_hash=vq_hash, data=data.arguments, class_names=data.class_names,
-                     skipped=skipped.tolist())
-        with whole_file(folder / "about.json") as partial:
-            partial.write_text(json.dumps(about))
+                     identity=data.identity(), skipped=skipped.tolist())
+        with whole_file(folder / "labels.npy") as partial:
+            np.save(partial, labels)
+        for name, content in (("captions.json", data.captions), ("about.json", about)):
+            if content:
+                with whole_file(folder / name) as partial:
+                    partial.write_text(json.dumps(content), encoding="utf-8")
     codes.finish()
 
 
@@ -872,7 +918,7 @@ def read_about(folder):
     """What is known about the codes in a folder: see extract_codes."""
     cure = "make them with python data.py extract"
     with explained(f"{folder} holds no complete codes", cure, (OSError, ValueError)):
-        return json.loads((Path(folder) / "about.json").read_text())
+        return json.loads((Path(folder) / "about.json").read_text(encoding="utf-8"))
 
 
 def read_codes(folder):
@@ -887,11 +933,14 @@ def read_captions(folder):
     """The captions of the pictures whose codes are in `folder`: a list of M lists of strings."""
     cure = "extract them from captioned pictures, with data.py extract --cond text"
     with explained(f"{folder} has codes without captions", cure, (OSError, ValueError)):
-        return json.loads((Path(folder) / "captions.json").read_text())
+        return json.loads((Path(folder) / "captions.json").read_text(encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Pictures for people
+
+PICTURE_NAMES = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"    # how --out may end
+
 
 def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
     """A labelled picture, ready for a PNG, of uint8 images (M, H, W, 3), row by row; row_names are written on
@@ -921,6 +970,14 @@ def image_grid(images, columns, row_names=(), titles=(), scale=4, gap=2):
     for row, name in enumerate(row_names):
         draw.text((8, gap + row * cell_h + H * scale // 2), "\n".join(name), "black", font, anchor="lm")
     return sheet
+
+
+def save_picture(sheet, path):
+    # In memory first: on a full disk Pillow writes a part of a JPEG and does not say so.
+    content = io.BytesIO()
+    sheet.save(content, Image.registered_extensions()[Path(path).suffix.lower()])
+    with whole_file(path) as partial:
+        partial.write_bytes(content.getvalue())
 
 
 def check_codes(folder, vq, vq_hash, device, path, count=8):
@@ -958,7 +1015,7 @@ def check_codes(folder, vq, vq_hash, device, path, count=8):
     psnr = peak_signal_to_noise(images, decoded.permute(0, 3, 1, 2)).mean()
     print(f"PSNR of the {len(rows)} pictures drawn: {psnr:.2f} dB")
     both = torch.cat([images.permute(0, 2, 3, 1), decoded]).numpy()
-    image_grid(both, len(rows), ("source", "decoded")).save(path)
+    save_picture(image_grid(both, len(rows), ("source", "decoded")), path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -993,10 +1050,10 @@ def get_args(argv=None):
 def main(args):
     out = Path(args.out)
     if args.command != "extract":
-        out.parent.mkdir(parents=True, exist_ok=True)
+        check_output(args.out, PICTURE_NAMES)
     if args.command == "draw":
         images, items = draw_shapes("train", 0, 40)
-        image_grid(images, columns=8).save(out)
+        save_picture(image_grid(images, columns=8), out)
         print(f"shapes   {images.shape} {images.dtype}; 40 of {SHAPES_COUNT['train']:,} for train -> {out}",
               *(item["caption"] for item in items[:4]), sep="\n         ")
         return
@@ -1009,6 +1066,7 @@ def main(args):
         return
     # At once, not after a million files were found.
     check_tokenizer(vq, args.image_size, args.vq)
+    check_output(out / args.splits[0] / "codes.npy")
     for split in args.splits:
         data = load_data(args.data, split, args.image_size, args.limit, args.data_dir, ranges=args.ten_crop,
                          captioned=args.cond == "text")

@@ -32,10 +32,10 @@ from tqdm import tqdm
 import data as data_module
 import sample
 from data import (ARRAY_NAMES, ArrayData, batch_indices, find_file, image_files, in_order, load_data,
-                  read_image, warning)
-from runs import (DEVICE_HELP, InputError, counting, explained, fill_weights, finite, flag_parser,
-                  learning_rate, not_negative, pick_device, rank_and_world, read_checkpoint, run, short_hash,
-                  wait_for_all, weights_hash, whole_file)
+                  read_image, save_picture, warning)
+from runs import (DEVICE_HELP, InputError, check_output, counting, explained, fill_weights, finite,
+                  flag_parser, learning_rate, not_negative, pick_device, rank_and_world, read_checkpoint, run,
+                  short_hash, wait_for_all, weights_hash, whole_file)
 from shapes import (BACKGROUNDS, COLOURS, KINDS, SIZES, captioned_items, captioned_shapes, in_reading_order,
                     parse_caption)
 from tokenizer import evaluate, load_tokenizer, pass_size, to_float, to_pictures, tokenize_in_passes
@@ -730,8 +730,7 @@ def sweep(args, device):
         raise InputError(f"{args.gpt} does not say on which data set known by name it was trained: give REF, "
                          f"the real pictures to compare with, as python fid.py REF --sweep ...")
     args.temperature = 1.0 if args.temperature is None else args.temperature
-    target, table = Path(args.out), []
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target, table = check_output(args.out, (".csv",)), []
     judge = None if rank_and_world()[0] else (Judged if args.ref in ARRAY_NAMES else Inception)(args, device)
     for scale in args.sweep:
         path = target.with_suffix("") / f"cfg_{scale:g}.npz"
@@ -762,9 +761,8 @@ def alignment(args, device):
             found = [item["caption"] for item in items if ("shapes" in item) == two]
             name = f"{'two shapes' if two else 'one shape'}, {'seen' if seen else 'held-out'} combinations"
             groups[name] = [found[i * len(found) // args.alignment] for i in range(args.alignment)]
-    path = Path(args.out).with_name("alignment.npz")
+    path = check_output(Path(args.out).with_name("alignment.npz"))
     prompts = path.with_suffix(".txt")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if rank_and_world()[0] == 0:
         prompts.write_text("\n".join(sum(groups.values(), [])) + "\n", encoding="utf-8")
     wait_for_all()
@@ -809,7 +807,7 @@ def plot_lines(table, x, path, size=(300, 240)):
                 pen.circle(point, 3, fill=colour)
             if len(lines) == 2:
                 write((left + 75 * k, 25), words, fill=colour, anchor="lm")
-    sheet.save(path)
+    save_picture(sheet, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -860,6 +858,8 @@ def main(args):
         data = load_data(args.data, args.split, size, args.limit, args.data_dir)
         metrics = reconstruct(vq, data, device, args, recon_network(args, size, device))
     else:
+        if args.save_stats:
+            check_output(args.save_stats, flag="--save-stats")
         judge = (Judged if args.ref in ARRAY_NAMES and not args.save_stats else Inception)(args, device)
         if args.save_stats:
             write_arrays(judge.statistics, args.save_stats)

@@ -14,11 +14,13 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import fields
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +52,35 @@ def explained(what, cure="", kinds=Exception):
 
 def run(main, get_args):
     """Run a command; what the user can mend is told in one line, with exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):       # a terminal without UTF-8 gets \\xe9 instead of an error
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main(get_args())
+        with on_signals(signal.default_int_handler):
+            main(get_args())
     except (InputError, OSError) as error:       # OSError: no such folder, no permission, disk full
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+@contextmanager
+def on_signals(handler):
+    """In this block handler is called on Ctrl-C, on kill or a cluster's time limit (SIGTERM), and when the
+    terminal closes (SIGHUP). Only a main thread may set handlers: in others, as of a web server, none are."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        # What nohup has switched off stays off. Scripts do that to SIGINT for all that they start with "&".
+        before = {number: old for number in known if (old := signal.getsignal(number)) is not None and
+                  (old != signal.SIG_IGN or number == signal.SIGINT)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -174,17 +199,64 @@ def short_hash(parts):
     return digest.hexdigest()[:16]
 
 
+def partial_name(path):
+    """Where `path` is written until it is whole; with its ending, by which some writers know the format."""
+    return path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
+
+
 @contextmanager
 def whole_file(path):
     """Gives a temporary name to write to; `path` is its name only when the block has ended well. So a kill
-    leaves the old file or the new one, never half of one."""
+    or a full disk leaves the old file or the new one, never half of one."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = partial_name(path)
     try:
-        yield partial
-        partial.replace(path)
+        with explained(f"{path} cannot be written", "is there room on the disk?", (OSError, RuntimeError)):
+            yield partial
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_output(path, endings=(), flag="--out"):
+    """Refuse a name that could not be written, or not in the right format, before all work; make its folder.
+    Returns it as a Path."""
+    if os.path.isdir(path) or str(path).endswith(("/", os.sep)):
+        raise InputError(f"{flag} {path} is a folder: give the name of a file in it")
+    if endings and Path(path).suffix.lower() not in endings:
+        raise InputError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}")
+    with explained(f"{flag} {path} cannot be written", "give another place", OSError):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        partial_name(Path(path)).touch()
+        partial_name(Path(path)).unlink()
+    return Path(path)
+
+
+@contextmanager
+def alone(path, wait=False):
+    """No other command works on `path` in this block: a second one waits for the first, or ends in one line.
+    Under torchrun one process holds the lock for all of its job."""
+    lock, file = Path(f"{path}.lock"), None
+    # Windows has no fcntl; some file systems have no locks, some folders are read-only: all do without.
+    with suppress(ImportError, OSError):
+        import fcntl                                     # its locks end with their holder, however it ends
+        if rank_and_world()[0] == 0:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "a")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise InputError(f"another run writes {path} at this moment: give another name") from None
+                print(f"another run makes {path}: waiting for it", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+    wait_for_all()
+    try:
+        yield
+    finally:
+        if file:
+            lock.unlink(missing_ok=True)
+            file.close()
 
 
 class SharedArray:
@@ -204,13 +276,30 @@ class SharedArray:
         self.flags = self.path.with_name(f"{self.path.name}.{key}.done")
         if rank == 0 and not (self.flags.exists() and self.partial.exists()):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(self.partial, mode="w+", dtype=dtype, shape=shape)
+            self.reserve(shape, np.dtype(dtype))
             with whole_file(self.flags) as name, open(name, "wb") as file:   # last: where flags are, rows are
                 np.save(file, np.zeros(units or shape[0], np.uint8))
         wait_for_all()
         self.rows, self.done = (np.load(name, mmap_mode="r+") for name in (self.partial, self.flags))
-        self.mine = np.array_split(np.flatnonzero(self.done == 0), world)[rank]
+        # What an earlier try had to skip is tried again: perhaps a disk was away.
+        self.mine = np.array_split(np.flatnonzero(self.done != self.DONE), world)[rank]
         wait_for_all()                                           # all know their share before anyone works
+
+    def reserve(self, shape, dtype):
+        """Make the empty file with all its room on the disk: where that lacks, writing to a mapped file does
+        not raise an error but kills the process."""
+        size, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(self.path.parent).free
+        try:
+            if free < size:
+                raise OSError("the disk is full")
+            np.lib.format.open_memmap(self.partial, mode="w+", dtype=dtype, shape=shape)
+            if hasattr(os, "posix_fallocate"):
+                with open(self.partial, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            self.partial.unlink(missing_ok=True)
+            raise InputError(f"{self.path} needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} are free ({error}): "
+                             "make room, or write to another disk") from None
 
     def finish(self):
         """Give the file its name once all processes are done."""
@@ -267,9 +356,9 @@ def update_ema(average, model, decay, step):
 class Progress:
     """Where a run stands. state: the checkpoint it goes on from, or None for a fresh run.
 
-    Ctrl-C lets the step in progress end, so what is saved is a whole state. The log is NAME.jsonl beside the
-    checkpoint NAME.pt, one JSON object a line. A fresh run writes NAME.new.jsonl until its first save: only
-    then do the log and the checkpoint that were there become NAME.previous."""
+    Ctrl-C, SIGTERM and SIGHUP let the step in progress end, so what is saved is a whole state. The log is
+    NAME.jsonl beside the checkpoint NAME.pt, one JSON object a line. A fresh run writes NAME.new.jsonl until
+    its first save: only then do the log, preview and checkpoint that were there become NAME.previous."""
 
     def __init__(self, args, device, state):
         self.args, self.device, self.fresh, self.interrupted = args, device, state is None, False
@@ -280,25 +369,30 @@ class Progress:
             self.streams[kind].set_rng_state(state["random"][kind])
         self.log_path = Path(args.out).with_suffix(".jsonl")
         self.new_log = self.log_path.with_suffix(".new.jsonl")
-        if self.fresh:
-            self.new_log.write_text("")
         self.first, self.started = self.step, time.perf_counter() - seconds
         self.begin_stretch()
 
     def __enter__(self):
-        self.handler = signal.signal(signal.SIGINT, self.interrupt)
-        self.bar = tqdm(total=self.args.steps, initial=self.step, unit=" steps")
+        self.ending = ExitStack()
+        self.ending.enter_context(alone(self.args.out))
+        self.ending.enter_context(on_signals(self.interrupt))
+        if self.fresh:
+            self.new_log.write_bytes(b"")
+        self.bar = self.ending.enter_context(tqdm(total=self.args.steps, initial=self.step, unit=" steps"))
         return self
 
     def __exit__(self, kind, *_):
-        signal.signal(signal.SIGINT, self.handler)
-        self.bar.close()
+        self.ending.close()
         if kind is None and self.interrupted:
             sys.exit(f"interrupted; step {self.step} is saved: the same flags and --resume go on from it")
 
-    def interrupt(self, *_):
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self.handler)               # a second Ctrl-C stops at once
+    def interrupt(self, number, _):
+        """The run ends after this step; at once if it was told before. But timeout and service managers send
+        the same signal twice in a moment, and mean it once."""
+        now = time.monotonic()
+        if self.interrupted and (number == signal.SIGINT or now > self.interrupted + 0.5):
+            raise KeyboardInterrupt
+        self.interrupted = self.interrupted or now
 
     def running(self):
         return not self.interrupted and self.fraction() < 1
@@ -330,8 +424,11 @@ class Progress:
         """End the run if its numbers are no longer finite, before anything uses them or is saved."""
         bad = self.since + int(self.good) + 1
         if bad <= self.step:
-            raise InputError(f"step {bad}: the loss or its gradient is NaN or infinite, so the run ends. "
-                             f"{self.args.out} stays as it was last saved; try a lower --lr")
+            self.give_up(bad, "the loss or its gradient is")
+
+    def give_up(self, step, what):
+        raise InputError(f"step {step}: {what} NaN or infinite, so the run ends. {self.args.out} stays as it "
+                         "was last saved; try a lower --lr")
 
     def means(self):
         """The mean of each number since the last call (steps without it count as 0), and the steps per
@@ -347,16 +444,26 @@ class Progress:
         """Add a line to the log: step, seconds and these."""
         values = {"step": self.step, "seconds": self.seconds(), **values}
         rounded = {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in values.items()}
-        with open(self.new_log if self.fresh else self.log_path, "a") as file:
-            print(json.dumps(rounded), file=file)
+        path, line = self.new_log if self.fresh else self.log_path, json.dumps(rounded) + "\n"
+        before = path.stat().st_size if path.exists() else 0
+        with explained(f"{path} cannot be written", "is there room on the disk?", OSError):
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError:
+                os.truncate(path, before)                        # half a line would spoil the next one
+                raise
 
     def save(self, **contents):
         """Write the checkpoint: contents, and what else it takes to go on from here."""
         self.check()
+        if not all(w.isfinite().all() for name in ("raw", "disc") for w in contents.get(name, {}).values()):
+            self.give_up(self.step, "the weights have become")
         path, random = Path(self.args.out), {kind: s.get_rng_state() for kind, s in self.streams.items()}
         if self.fresh:                       # copies: at no moment is there no checkpoint of that name
-            for old in filter(Path.exists, (path, self.log_path)):
-                shutil.copyfile(old, old.with_suffix(f".previous{old.suffix}"))
+            for old in filter(Path.exists, (path, self.log_path, path.with_suffix(".png"))):
+                with whole_file(old.with_suffix(f".previous{old.suffix}")) as partial:
+                    shutil.copyfile(old, partial)
         contents.update(step=self.step, seconds=self.seconds(), random=random, args=vars(self.args))
         with whole_file(path) as partial:
             torch.save(contents, partial)
@@ -376,9 +483,13 @@ def resume_state(args, *needed):
     None for a fresh run. InputError names the flag that differs from that run's."""
     if rank_and_world()[1] > 1:
         raise InputError("training runs in one process: start it with python, not with torchrun")
-    if Path(args.out).is_dir():
-        raise InputError(f"--out {args.out} is a folder: give the name of a file in it")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    out = check_output(args.out, (".pt",))
+    # --init may be --out itself: a copy of that is kept, as NAME.previous.
+    ours = [out.with_suffix(kept + end) for kept in ("", ".previous") for end in (".pt", ".jsonl", ".png")]
+    for name, value in vars(args).items():
+        if name not in ("out", "resume") and isinstance(value, str) and Path(value).is_file() and any(
+                path.exists() and path.samefile(value) for path in ours[name == "init":]):
+            raise InputError(f"--{name} {value} would be overwritten by this run: give another --out")
     if not args.resume:
         return None
     state = read_checkpoint(args.out)
@@ -386,11 +497,28 @@ def resume_state(args, *needed):
         raise InputError(f"{args.out} has no complete state to go on from: it was not written by this script")
     for name, now in vars(args).items():
         before = state["args"].get(name, now)            # missing: a flag that is newer than the checkpoint
-        if now != before and name not in MAY_CHANGE:
+        same = now == before or {type(now), type(before)} == {str} and (
+            Path(now).resolve() == Path(before).resolve())       # --data ./x/ and --data x
+        if not same and name not in MAY_CHANGE:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{args.out} was trained with other settings, {flag} {before} instead of {now}: "
                              f"resume with that run's flags")
     return state
+
+
+def check_same_data(args, state, identity):
+    """Refuse to go on with other data than before. identity: a dict of what the data are known by; given
+    back, for the next checkpoint."""
+    state = state or {}
+    for name, now in identity.items():
+        # missing: the checkpoint is older than this check
+        before = state.get("data", state).get(name, now)
+        if before != now:
+            if isinstance(now, list):                            # the first that differs
+                before, now = next(pair for pair in zip_longest(before, now) if len(set(pair)) > 1)
+            raise InputError(f"{args.out} was trained on other data, {name} {before} instead of {now}: go on "
+                             "with the same, or start anew without --resume")
+    return identity
 
 
 # ------------------------------------------------------------------------------------------------------------

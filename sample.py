@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import image_grid, imagenet_names, text_lines
+from data import PICTURE_NAMES, image_grid, imagenet_names, save_picture, text_lines
 from model import load_gpt
-from runs import (DEVICE_HELP, InputError, SharedArray, check_compile, check_tensor, counting, explained,
-                  fast_dtype, finite, flag_parser, natural, not_negative, number, pick_device, rank_and_world,
+from runs import (DEVICE_HELP, InputError, SharedArray, alone, check_compile, check_output, check_tensor,
+                  counting, explained, fast_dtype, finite, flag_parser, natural, not_negative, number,
+                  pick_device, rank_and_world,
                   read_checkpoint, run, short_hash, wait_for_all, weights_hash, whole_file)
 from text import Captions, Classes, pretrained_text_encoder, tiny_text_encoder_from
 from tokenizer import load_tokenizer, to_pictures
@@ -282,7 +283,7 @@ def sample_grid(models, conditions, chosen, per_class, side, args, device):
     words = [conditions.names[i] for i in chosen]
     sheet = (image_grid(images, 4, titles=words) if per_class == 1 else
              image_grid(images, per_class, row_names=words))
-    sheet.save(args.out)
+    save_picture(sheet, args.out)
     print(f"wrote {args.out}")
 
 
@@ -352,11 +353,9 @@ def get_args(argv=None):
 
 
 def main(args):
-    device, target = pick_device(args.device), Path(args.npz or args.out)
+    check_output(args.npz or args.out, () if args.npz else PICTURE_NAMES, "--npz" if args.npz else "--out")
+    device = pick_device(args.device)
     check_compile(args, device)
-    if target.is_dir():
-        raise InputError(f"{target} is a folder: give the name of a file in it")
-    target.parent.mkdir(parents=True, exist_ok=True)
     gpt, vq, text, names, own = load_models(args, device)
     cfg_scale, temperature = SETTINGS["text" if text else "class", "own" if own else "released"]
     args.cfg_scale = cfg_scale if args.cfg_scale is None else args.cfg_scale
@@ -381,7 +380,8 @@ def main(args):
         chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names)))
     models = gpt, vq, text                                       # the three travel together from here on
     if args.npz:
-        return sample_npz(models, conditions, balanced(chosen, args), side, args, device)
+        with alone(args.npz):
+            return sample_npz(models, conditions, balanced(chosen, args), side, args, device)
     chosen = chosen if args.classes or text else chosen[:10]
     sample_grid(models, conditions, chosen, args.per_class or (8 if own else 1), side, args, device)
 

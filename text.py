@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import to_device
 from model import RMSNorm
-from runs import (InputError, SharedArray, build, explained, fast_dtype, read_checkpoint, read_config,
+from runs import (InputError, SharedArray, alone, build, explained, fast_dtype, read_checkpoint, read_config,
                   short_hash, weights_hash)
 
 
@@ -149,7 +149,7 @@ def load_t5(folder, device="cpu", dtype=torch.float32):
     folder = Path(folder)
     cure = "--text-encoder wants a folder such as flan-t5-xl, with its config, weights and spiece.model"
     with explained(f"{folder} has no readable config.json", cure):
-        given = dict(json.loads((folder / "config.json").read_text()))
+        given = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         config = T5Config(**{f.name: f.type(given[f.name]) for f in fields(T5Config) if f.name in given})
     # T5 v1.0 has the same names but a ReLU without a gate; files that say nothing are of that kind.
     kind, activation = given.get("model_type", "t5"), given.get("feed_forward_proj", "relu")
@@ -172,7 +172,7 @@ def read_weights(folder):
         index, files = folder / f"{name}.index.json", [name]
         if index.exists():
             with explained(f"{index} is damaged", "fetch it again"):
-                files = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+                files = sorted(set(map(str, json.loads(index.read_text("utf-8"))["weight_map"].values())))
         missing = [file for file in files if not (folder / file).exists()]
         if not missing:
             return {key: w for file in files for key, w in read(folder / file).items()}
@@ -541,17 +541,18 @@ class Captions:
         self.end = length.cumsum()
         key = short_hash([weights_hash(text_encoder.t5), self.ids.shape, self.ids.numpy().tobytes()])
         path = Path(folder) / f"features.{key}.npy"
-        if not path.exists():
-            cache = SharedArray(path, (int(self.end[-1]), self.width), np.uint16, key, units=len(length))
-            mine = cache.mine[np.argsort(length[cache.mine])]    # neighbours of one length: little padding
-            batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-            for batch in tqdm(batches, desc="text features", unit=" batches"):
-                ids = self.ids[batch, -length[batch].max():]     # ids  (B, L) of the longest here
-                features, mask = (t.cpu() for t in text_encoder(ids.to(device)))
-                place = self.places(batch, ids.shape[1])[mask.numpy()]
-                cache.rows[place] = features[mask].bfloat16().view(torch.uint16).numpy()
-                cache.done[batch] = cache.DONE
-            cache.finish()
+        with alone(path, wait=True):
+            if not path.exists():
+                cache = SharedArray(path, (int(self.end[-1]), self.width), np.uint16, key, units=len(length))
+                mine = cache.mine[np.argsort(length[cache.mine])]    # of one length: little padding
+                batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+                for batch in tqdm(batches, desc="text features", unit=" batches"):
+                    ids = self.ids[batch, -length[batch].max():]     # ids  (B, L) of the longest here
+                    features, mask = (t.cpu() for t in text_encoder(ids.to(device)))
+                    place = self.places(batch, ids.shape[1])[mask.numpy()]
+                    cache.rows[place] = features[mask].bfloat16().view(torch.uint16).numpy()
+                    cache.done[batch] = cache.DONE
+                cache.finish()
         self.features = np.load(path, mmap_mode="r")
 
 

@@ -21,11 +21,12 @@ import torch
 import torch.nn as nn
 
 from data import (batch_indices, check_tokenizer, code_key, extract_codes, image_grid, load_data, read_about,
-                  read_captions, read_codes, spread, to_device)
+                  read_captions, read_codes, save_picture, spread, to_device)
 from model import GPT, GPT_SIZES, GPTConfig, load_gpt
-from runs import (InputError, Progress, add_training_flags, check_compile, counting, fast_dtype, fill_weights,
-                  finite, flag_parser, learning_rate, mixed_precision, natural, not_negative, pick_device,
-                  positive, read_checkpoint, resume_state, run, share, update_ema, weights_hash)
+from runs import (InputError, Progress, add_training_flags, check_compile, check_same_data, counting,
+                  fast_dtype, fill_weights, finite, flag_parser, learning_rate, mixed_precision, natural,
+                  not_negative, pick_device, positive, read_checkpoint, resume_state, run, share, update_ema,
+                  weights_hash)
 from sample import SETTINGS, generate
 from text import (Captions, Classes, pretrained_text_encoder, saved_text_encoder, tiny_text_encoder,
                   tiny_text_encoder_from)
@@ -132,8 +133,8 @@ def save_samples(gpt, text, vq, conditions, device, path, args, columns=8):
     tokens = generate(gpt, cond, cond_mask, cfg_scale=cfg_scale if args.cfg_scale is None else args.cfg_scale,
                       temperature=temperature if args.temperature is None else args.temperature,
                       generator=torch.Generator(device).manual_seed(args.seed))
-    image_grid(to_pictures(vq, tokens).cpu().numpy(), columns,
-               row_names=[conditions.names[i] for i in rows[::columns]]).save(path)
+    save_picture(image_grid(to_pictures(vq, tokens).cpu().numpy(), columns,
+                            row_names=[conditions.names[i] for i in rows[::columns]]), path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -262,9 +263,11 @@ def main(args):
     (codes, labels, about), (test_codes, test_labels, _) = (read_codes(folder) for folder in folders)
     # Pictures that could not be read have the label -1: never ask for them.
     kept, test_kept = np.flatnonzero(labels >= 0), np.flatnonzero(test_labels >= 0)
-    names, N = about["class_names"], codes.shape[2]
+    names, N, V = about["class_names"], codes.shape[2], vq.config.codebook_size
+    identity = check_same_data(args, state, {"class_names": names, "pictures": len(codes),
+                                             "readable": len(kept), **about.get("identity", {})})
     # 2. What stands in front of the tokens, and the GPT that reads it
-    own = dict(vocab_size=vq.config.codebook_size, block_size=N, model_type="c2i", num_classes=len(names))
+    own = dict(vocab_size=V, block_size=N, model_type="c2i", num_classes=len(names))
     if args.cond == "class":
         train, test, text = Classes(names, labels), Classes(names, test_labels), None
     else:
@@ -294,9 +297,9 @@ def main(args):
     preview = Path(args.out).with_suffix(".png")
 
     def save():
-        encoder = {"text_encoder": saved_text_encoder(best["text"])} if learns else {}
+        more = {"data": identity} | ({"text_encoder": saved_text_encoder(best["text"])} if learns else {})
         progress.save(model=best["gpt"].state_dict(), raw=nets.state_dict(), config=asdict(gpt.config),
-                      optimizer=optimizer.state_dict(), class_names=names, vq_hash=vq_hash, **encoder)
+                      optimizer=optimizer.state_dict(), class_names=names, vq_hash=vq_hash, **more)
 
     def look(count):
         """Write the sample grid; returns the loss over `count` held-out pictures."""
@@ -327,7 +330,6 @@ def main(args):
                 # Gradients of the parts add up; each divided by their number, they give the mean over all.
                 (loss / args.grad_accum).backward()
                 mean_loss += loss.detach() / args.grad_accum
-            # Clipping keeps one odd batch from throwing away what thousands have taught.
             norm = nn.utils.clip_grad_norm_(nets.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -352,7 +354,6 @@ def main(args):
     nats = look(count=len(test_kept))
     bits = nats / math.log(2) * N / about["data"]["size"] ** 2
     progress.log(validation_loss=nats, bits_per_pixel=bits)
-    V = gpt.config.vocab_size
     print(f"{progress.step} steps in {minutes:.1f} minutes; over {len(test_kept):,} held-out pictures: "
           f"{nats:.4f} nats per token, {bits:.4f} bits per pixel (ln {V} = {math.log(V):.2f})")
     print(f"wrote {args.out} and {preview}")

@@ -16,10 +16,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import find_file, image_grid, load_data, spread
-from runs import (InputError, Progress, add_training_flags, check_compile, counting, fast_dtype, fill_weights,
-                  finite, flag_parser, learning_rate, mixed_precision, natural, not_negative, pick_device,
-                  positive, read_checkpoint, resume_state, run, update_ema)
+from runs import (InputError, Progress, add_training_flags, check_compile, check_same_data, counting,
+                  fast_dtype, fill_weights, finite, flag_parser, learning_rate, mixed_precision, natural,
+                  not_negative, pick_device, positive, read_checkpoint, resume_state, run, update_ema)
 from tokenizer import (VQ_SIZES, VQConfig, VQModel, evaluate, load_tokenizer, to_pictures, tokenize_in_passes)
 
 
@@ -147,7 +146,7 @@ def save_preview(vq, data, device, path, count=16):
     images = images[:, 0]                                        # (B, 3, H, W) uint8; crop 0 is the centre
     back = to_pictures(vq, tokenize_in_passes(vq, images, device)).cpu()
     both = torch.cat([images.permute(0, 2, 3, 1), back]).numpy()
-    image_grid(both, columns=len(images), row_names=("original", "reconstructed")).save(path)
+    save_picture(image_grid(both, columns=len(images), row_names=("original", "reconstructed")), path)
 
 
 @torch.no_grad()
@@ -226,7 +225,7 @@ def report(progress, usage, batch_size, lr):
     """Write the log line of the last steps, and the same in short beside the bar."""
     means = progress.means()
     speed = batch_size * means.pop("steps_per_second")
-    psnr = 10 * math.log10(4 / means["l2"])                      # the range [-1, 1] is 2 wide: peak^2 = 4
+    psnr = 10 * math.log10(4 / max(means["l2"], 1e-12))          # the range [-1, 1] is 2 wide: peak^2 = 4
     progress.log(psnr=psnr, usage=usage, **means, lr=lr, images_per_second=speed)
     losses = ", ".join(f"{key} {value:.3f}" for key, value in means.items() if value)
     progress.bar.set_postfix_str(f"PSNR {psnr:.1f} dB, codes {usage:.0%}, {speed:.0f} images/s, {losses}",
@@ -250,7 +249,7 @@ def main(args):
     lpips = load_lpips(args, device)
     train, test = (load_data(args.data, split, args.image_size, args.limit, args.data_dir,
                              captioned=args.cond == "text") for split in ("train", "test"))
-    batch_size = min(args.batch_size, len(train))
+    identity, batch_size = check_same_data(args, state, train.identity()), min(args.batch_size, len(train))
     best = copy.deepcopy(vq).eval().requires_grad_(False) if args.ema else vq    # what is saved and looked at
     disc = PatchDiscriminator(args.image_size).to(device)
     optimizer, disc_optimizer = adam(vq, args.lr), adam(disc, args.lr)
@@ -273,7 +272,7 @@ def main(args):
         progress.save(model=best.state_dict(), raw=vq.state_dict(), config=asdict(config),
                       optimizer=optimizer.state_dict(), disc=disc.state_dict(),
                       disc_optimizer=disc_optimizer.state_dict(), since_restart=since_restart,
-                      image_size=args.image_size)
+                      image_size=args.image_size, data=identity)
         save_preview(best, test, device, preview)
 
     # 3. The loop
@@ -282,7 +281,11 @@ def main(args):
         batches = train.batches(batch_size, args.seed, start=progress.step, device=device)
         while progress.running():
             done = progress.fraction()
-            images = next(batches)                               # (B, 3, H, W) in [-1, 1]
+            try:
+                images = next(batches)                           # (B, 3, H, W) in [-1, 1]
+            except InputError:                                   # the pictures have gone
+                save()
+                raise
             adversarial = progress.step >= args.disc_start and args.disc_weight > 0
             lr = learning_rate(args.lr, progress.step, done, args.warmup, args.lr_final)
             for group in optimizer.param_groups + disc_optimizer.param_groups:

@@ -35,7 +35,7 @@ def draw_emoji(font, folder, size=32):
             drawn = picture(chr(code))
             if drawn.tobytes() not in (blank, missing):
                 drawn.resize((size, size), Image.Resampling.LANCZOS).save(folder / f"{code:x}.png")
-                (folder / f"{code:x}.txt").write_text(name)
+                (folder / f"{code:x}.txt").write_text(name, encoding="utf-8")
                 count += 1
     return count
 
