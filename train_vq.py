@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data import find_file, image_grid, load_data, save_picture, spread
 from runs import (InputError, Progress, add_training_flags, check_compile, check_same_data, counting,
                   fast_dtype, fill_weights, finite, flag_parser, learning_rate, mixed_precision, natural,
                   not_negative, pick_device, positive, read_checkpoint, resume_state, run, update_ema)
