@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 import data as data_module
 import sample
-from data import (ARRAY_NAMES, ArrayData, batch_indices, find_file, image_files, in_order, load_data,
-                  read_image, save_picture, warning)
+from data import (ARRAY_NAMES, ArrayData, batch_indices, find_file, in_order, load_data,
+                  save_picture)
+from files import Listing, read_image, warning
 from runs import (DEVICE_HELP, InputError, check_output, counting, explained, fill_weights, finite,
                   flag_parser, learning_rate, not_negative, pick_device, rank_and_world, read_checkpoint, run,
                   short_hash, wait_for_all, weights_hash, whole_file)
@@ -463,7 +464,7 @@ class ImageSet:
         if not self.path.exists():
             raise InputError(f"{path} does not exist")
         if self.path.is_dir():
-            self.files = image_files(self.path)
+            self.files = Listing(self.path).pictures
             if not self.files:
                 raise InputError(f"{path} holds no pictures")
             self.count, self.shape = len(self.files), self.read(0).shape

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import PICTURE_NAMES, image_grid, imagenet_names, save_picture, text_lines
+from data import PICTURE_NAMES, image_grid, imagenet_names, save_picture
+from files import text_lines
 from model import load_gpt
 from runs import (DEVICE_HELP, InputError, SharedArray, alone, check_compile, check_output, check_tensor,
                   counting, explained, fast_dtype, finite, flag_parser, natural, not_negative, number,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PATH_OF_A_PICTURE = ("tokenizer.py", "model.py", "sample.py", "train_vq.py", "train_gpt.py", "runs.py")
-AROUND_IT = ("data.py", "shapes.py", "text.py", "fid.py")
+AROUND_IT = ("data.py", "files.py", "shapes.py", "text.py", "fid.py")
 
 
 def functions(source):
