@@ -25,14 +25,15 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from numpy.lib.npyio import NpzFile
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import data as data_module
 import sample
-from data import (ARRAY_NAMES, ArrayData, batch_indices, find_file, image_files, in_order, load_data,
-                  read_image, warning)
+from data import (ARRAY_NAMES, ArrayData, batch_indices, check_tokenizer, find_file, image_files, in_order,
+                  load_data, read_image, warning)
 from runs import (DEVICE_HELP, InputError, counting, explained, fill_weights, finite, flag_parser,
                   learning_rate, not_negative, pick_device, rank_and_world, read_checkpoint, run, short_hash,
                   wait_for_all, weights_hash, whole_file)
@@ -232,7 +233,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         values, vectors = torch.linalg.eigh(sigma1)
         kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
         root = vectors[:, kept] * values[kept].sqrt()
-    trace = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
+    with explained("the statistics have no distance that fits into a number", kinds=RuntimeError):
+        trace = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
 
 
@@ -399,6 +401,8 @@ def train_judge(make, images, targets, device, epochs, batch_size=64, lr=3e-3, s
     epochs: three are about a minute for the classifier, which then knows nearly all real pictures of
     `shapes`; the reader, asked seven questions, gets a fourth.
     """
+    if images.shape[-1] < 16:                            # each of its four levels halves a picture
+        raise InputError("the classifiers need pictures of at least 16 x 16 pixels")
     torch.manual_seed(seed)
     net = make().to(device)
     batch_size = min(batch_size, len(images))            # so few pictures still make one whole step an epoch
@@ -436,8 +440,11 @@ def remembered(path, make):
         except InputError as error:
             print(f"{error}: it is made again", file=sys.stderr)
     result = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(result, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_arrays(result, path)
+    except OSError as error:                                     # an hour's work is worth more than its copy
+        warning(f"{path} is not kept: {error}")
     return result
 
 
@@ -457,33 +464,48 @@ class ImageSet:
     count    the number of pictures; 0 if the file holds statistics only
     shape    (3, H, W)
     """
+    # What is read of them: the type, and the axes, M pictures, D features or S spatial ones.
+    STORED = {"mu": (float, "D"), "sigma": (float, "DD"), "mu_s": (float, "S"), "sigma_s": (float, "SS"),
+              "label": (int, "M"), "prompt": (str, "M")}
 
     def __init__(self, path):
         self.path, self.stored, self.count, self.files, self.shape = Path(path), {}, 0, None, None
-        if not self.path.exists():
-            raise InputError(f"{path} does not exist")
         if self.path.is_dir():
             self.files = image_files(self.path)
             if not self.files:
                 raise InputError(f"{path} holds no pictures")
             self.count, self.shape = len(self.files), self.read(0).shape
             return
-        with explained(f"{path} is neither a folder of pictures nor an .npz of plain arrays"), \
-                np.load(self.path, allow_pickle=False) as file:
-            names = ("mu", "sigma", "mu_s", "sigma_s", "label", "prompt")
-            self.stored = {name: file[name] for name in names if name in file}
+        if not self.path.is_file():
+            raise InputError(f"{path} does not exist, or is no file")
+        with explained(f"{path} is damaged, or neither a folder of pictures nor an .npz of plain arrays"), \
+                NpzFile(self.path) as file:
             if "arr_0" in file:
                 self.open_images().close()
+            sizes = {"M": self.count}                            # D and S are those of the first array
+            for name, (dtype, axes) in self.STORED.items():
+                if name in file:
+                    with explained(f"{path}: {name} is damaged, or not of type {dtype.__name__}"):
+                        array = self.stored[name] = file[name].astype(dtype, casting="same_kind")
+                    shape = tuple(sizes.setdefault(axis, len(array)) for axis in axes)
+                    if array.shape != shape or dtype is float and not np.isfinite(array).all():
+                        raise InputError(f"{path}: {name} is {array.shape} instead of {shape}, or has NaN")
         if not self.count and not {"mu", "sigma"} <= self.stored.keys():
             raise InputError(f"{path} holds neither arr_0 nor mu and sigma")
 
     def open_images(self):
         """The open member arr_0 of an .npz, just behind its header."""
-        file = zipfile.ZipFile(self.path).open("arr_0.npy")
-        np.lib.format.read_magic(file)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-            raise InputError(f"{self.path}: arr_0 has to be uint8 (M, H, W, 3), not {dtype} {shape}")
+        archive = zipfile.ZipFile(self.path)
+        file, length = archive.open("arr_0.npy"), archive.getinfo("arr_0.npy").file_size
+        # The header of version 3 differs from that of 2 only in how names outside ASCII are written.
+        first = np.lib.format.read_magic(file) == (1, 0)
+        header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or 0 in shape:
+            raise InputError(f"{self.path}: arr_0 has to be uint8 (M, H, W, 3), not {dtype} {shape}"
+                             f"{' in Fortran order' * fortran}")
+        if length != file.tell() + math.prod(shape):
+            raise InputError(f"{self.path}: arr_0 is shorter or longer than its header says: write it again")
         self.count, self.shape = shape[0], (3, *shape[1:3])
         return file
 
@@ -532,7 +554,8 @@ class ImageSet:
             return make()
         key = short_hash([weights_hash(net), *((path.name, hashlib.sha256(file_bytes(path)).digest())
                                                for path in self.files or [self.path])])
-        return remembered(self.path.with_name(f"{self.path.name}.{key}.features.npz"), make)
+        folder, name = os.path.split(os.path.abspath(self.path))         # "." and ".." have no name
+        return remembered(Path(folder, f"{name}.{key}.features.npz"), make)
 
 
 def file_bytes(path):
@@ -622,6 +645,8 @@ class Judged:
         if not samples.count or not {"label", "prompt"} & samples.stored.keys():
             raise InputError(f"{path} needs arr_0 and label to be judged by a classifier: write it with "
                              f"python sample.py --npz")
+        if samples.shape[1] != samples.shape[2]:
+            raise InputError(f"{path}: its pictures are not square, those of {self.args.ref} are")
         images = torch.cat(list(samples.batches(1000)))          # (M, 3, H, W)
         if "prompt" in samples.stored:
             self.net = self.net or train_reader(self.device, images.shape[-1])
@@ -650,8 +675,8 @@ class Judged:
     def compare(self, images, labels):
         """Metrics of images uint8 (M, 3, H, W) with labels (M,)."""
         if labels.min() < 0 or labels.max() >= len(self.class_names):
-            raise InputError(f"the samples have labels up to {labels.max()}, but there are "
-                             f"{len(self.class_names)} classes: give the data set that they were drawn for")
+            raise InputError(f"the samples have labels from {labels.min()} to {labels.max()}, but there "
+                             f"are {len(self.class_names)} classes: give the data set that they were drawn for")
         fake = stack_features(self.net, [images], len(images), self.device, "the samples")
         right = (fake["logits"].argmax(dim=1) == labels).double()
         metrics = {"Real test accuracy": self.accuracy, "Class accuracy": right.mean().item()}
@@ -731,7 +756,8 @@ def sweep(args, device):
                          f"the real pictures to compare with, as python fid.py REF --sweep ...")
     args.temperature = 1.0 if args.temperature is None else args.temperature
     target, table = Path(args.out), []
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix in ("", ".png"):            # the names of the samples' folder and of the curves
+        raise InputError(f"--out {target} is to be the table: give a name such as sweep.csv")
     judge = None if rank_and_world()[0] else (Judged if args.ref in ARRAY_NAMES else Inception)(args, device)
     for scale in args.sweep:
         path = target.with_suffix("") / f"cfg_{scale:g}.npz"
@@ -764,7 +790,6 @@ def alignment(args, device):
             groups[name] = [found[i * len(found) // args.alignment] for i in range(args.alignment)]
     path = Path(args.out).with_name("alignment.npz")
     prompts = path.with_suffix(".txt")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if rank_and_world()[0] == 0:
         prompts.write_text("\n".join(sum(groups.values(), [])) + "\n", encoding="utf-8")
     wait_for_all()
@@ -849,7 +874,12 @@ def get_args(argv=None):
 
 
 def main(args):
-    device = pick_device(args.device)
+    device, target = pick_device(args.device), args.out if args.sweep or args.alignment else args.save_stats
+    if target is not None:                                       # told before the work, not after it
+        read = (args.ref, args.samples, args.gpt, args.vq, args.inception)
+        if Path(target).is_dir() or os.path.abspath(target) in map(os.path.abspath, filter(None, read)):
+            raise InputError(f"{target} is a folder, or a file that is read: choose another name")
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
     if args.sweep:
         return sweep(args, device)
     if args.alignment:
@@ -857,6 +887,7 @@ def main(args):
     if args.recon:
         vq = load_tokenizer(args.recon, device)
         size = args.image_size or read_checkpoint(args.recon, mmap=True).get("image_size", 256)
+        check_tokenizer(vq, size, args.recon)
         data = load_data(args.data, args.split, size, args.limit, args.data_dir)
         metrics = reconstruct(vq, data, device, args, recon_network(args, size, device))
     else:
