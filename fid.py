@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from numpy.lib.npyio import NpzFile
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
@@ -479,7 +478,7 @@ class ImageSet:
         if not self.path.is_file():
             raise InputError(f"{path} does not exist, or is no file")
         with explained(f"{path} is damaged, or neither a folder of pictures nor an .npz of plain arrays"), \
-                NpzFile(self.path) as file:
+                np.load(self.path, allow_pickle=False) as file:
             if "arr_0" in file:
                 self.open_images().close()
             sizes = {"M": self.count}                            # D and S are those of the first array
@@ -501,11 +500,10 @@ class ImageSet:
         first = np.lib.format.read_magic(file) == (1, 0)
         header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or 0 in shape:
-            raise InputError(f"{self.path}: arr_0 has to be uint8 (M, H, W, 3), not {dtype} {shape}"
-                             f"{' in Fortran order' * fortran}")
-        if length != file.tell() + math.prod(shape):
-            raise InputError(f"{self.path}: arr_0 is shorter or longer than its header says: write it again")
+        whole = length == file.tell() + math.prod(shape) and 0 not in shape
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not whole:
+            raise InputError(f"{self.path}: arr_0 has to be uint8 (M, H, W, 3) in C order, neither empty nor "
+                             f"cut nor longer, not {dtype} {shape} in {length} bytes")
         self.count, self.shape = shape[0], (3, *shape[1:3])
         return file
 
@@ -642,11 +640,10 @@ class Judged:
 
     def measure(self, path):
         samples = ImageSet(path)
-        if not samples.count or not {"label", "prompt"} & samples.stored.keys():
-            raise InputError(f"{path} needs arr_0 and label to be judged by a classifier: write it with "
-                             f"python sample.py --npz")
-        if samples.shape[1] != samples.shape[2]:
-            raise InputError(f"{path}: its pictures are not square, those of {self.args.ref} are")
+        square = samples.count and samples.shape[1] == samples.shape[2]
+        if not square or not {"label", "prompt"} & samples.stored.keys():
+            raise InputError(f"{path} needs square pictures in arr_0, and label, to be judged by a classifier: "
+                             f"write it with python sample.py --npz")
         images = torch.cat(list(samples.batches(1000)))          # (M, 3, H, W)
         if "prompt" in samples.stored:
             self.net = self.net or train_reader(self.device, images.shape[-1])
@@ -675,8 +672,8 @@ class Judged:
     def compare(self, images, labels):
         """Metrics of images uint8 (M, 3, H, W) with labels (M,)."""
         if labels.min() < 0 or labels.max() >= len(self.class_names):
-            raise InputError(f"the samples have labels from {labels.min()} to {labels.max()}, but there "
-                             f"are {len(self.class_names)} classes: give the data set that they were drawn for")
+            raise InputError(f"the samples have labels from {labels.min()} to {labels.max()}, but there are "
+                             f"{len(self.class_names)} classes: give the data set that they were drawn for")
         fake = stack_features(self.net, [images], len(images), self.device, "the samples")
         right = (fake["logits"].argmax(dim=1) == labels).double()
         metrics = {"Real test accuracy": self.accuracy, "Class accuracy": right.mean().item()}
@@ -769,8 +766,7 @@ def sweep(args, device):
         print(", ".join(f"{name} {value:.4g}" for name, value in table[-1].items()))
     if table:
         with whole_file(target) as name:
-            rows = [list(row.values()) for row in table]
-            np.savetxt(name, rows, "%s", ",", header=",".join(table[0]), comments="")
+            np.savetxt(name, [list(row.values()) for row in table], "%s", ",", header=",".join(table[0]), comments="")
         plot_lines(table, "cfg_scale", target.with_suffix(".png"))
         print(f"wrote {target} and {target.with_suffix('.png')}")
 
