@@ -442,7 +442,7 @@ def remembered(path, make):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(result, path)
-    except OSError as error:                                     # an hour's work is worth more than its copy
+    except OSError as error:                                     # no room or permission: then without a copy
         warning(f"{path} is not kept: {error}")
     return result
 
@@ -487,7 +487,7 @@ class ImageSet:
                     with explained(f"{path}: {name} is damaged, or not of type {dtype.__name__}"):
                         array = self.stored[name] = file[name].astype(dtype, casting="same_kind")
                     shape = tuple(sizes.setdefault(axis, len(array)) for axis in axes)
-                    if array.shape != shape or dtype is float and not np.isfinite(array).all():
+                    if array.shape != shape or 0 in shape or dtype is float and not np.isfinite(array).all():
                         raise InputError(f"{path}: {name} is {array.shape} instead of {shape}, or has NaN")
         if not self.count and not {"mu", "sigma"} <= self.stored.keys():
             raise InputError(f"{path} holds neither arr_0 nor mu and sigma")
@@ -502,8 +502,7 @@ class ImageSet:
         shape, fortran, dtype = header(file)
         whole = length == file.tell() + math.prod(shape) and 0 not in shape
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not whole:
-            raise InputError(f"{self.path}: arr_0 has to be uint8 (M, H, W, 3) in C order, neither empty nor "
-                             f"cut nor longer, not {dtype} {shape} in {length} bytes")
+            raise InputError(f"{self.path}: arr_0 is no whole uint8 (M, H, W, 3) in C order: {dtype} {shape}")
         self.count, self.shape = shape[0], (3, *shape[1:3])
         return file
 
@@ -642,8 +641,7 @@ class Judged:
         samples = ImageSet(path)
         square = samples.count and samples.shape[1] == samples.shape[2]
         if not square or not {"label", "prompt"} & samples.stored.keys():
-            raise InputError(f"{path} needs square pictures in arr_0, and label, to be judged by a classifier: "
-                             f"write it with python sample.py --npz")
+            raise InputError(f"{path} needs square pictures in arr_0 and label, as sample.py --npz writes")
         images = torch.cat(list(samples.batches(1000)))          # (M, 3, H, W)
         if "prompt" in samples.stored:
             self.net = self.net or train_reader(self.device, images.shape[-1])
@@ -749,11 +747,11 @@ def sweep(args, device):
     curves could not tell which of the two did it."""
     args.ref = args.ref or trained_on(args)[0]
     if args.ref is None:
-        raise InputError(f"{args.gpt} does not say on which data set known by name it was trained: give REF, "
-                         f"the real pictures to compare with, as python fid.py REF --sweep ...")
+        raise InputError(f"{args.gpt} names no data set: give REF, as in python fid.py REF --sweep ...")
     args.temperature = 1.0 if args.temperature is None else args.temperature
     target, table = Path(args.out), []
-    if target.suffix in ("", ".png"):            # the names of the samples' folder and of the curves
+    # Those are the names of the samples' folder and of the curves.
+    if target.suffix in ("", ".png"):
         raise InputError(f"--out {target} is to be the table: give a name such as sweep.csv")
     judge = None if rank_and_world()[0] else (Judged if args.ref in ARRAY_NAMES else Inception)(args, device)
     for scale in args.sweep:
@@ -766,7 +764,8 @@ def sweep(args, device):
         print(", ".join(f"{name} {value:.4g}" for name, value in table[-1].items()))
     if table:
         with whole_file(target) as name:
-            np.savetxt(name, [list(row.values()) for row in table], "%s", ",", header=",".join(table[0]), comments="")
+            rows = [list(row.values()) for row in table]
+            np.savetxt(name, rows, "%s", ",", header=",".join(table[0]), comments="")
         plot_lines(table, "cfg_scale", target.with_suffix(".png"))
         print(f"wrote {target} and {target.with_suffix('.png')}")
 
@@ -775,8 +774,7 @@ def alignment(args, device):
     """How well pictures of `shapes` agree with captions from the test split, --alignment of each: one shape
     or two, of combinations that were trained on or held out."""
     if trained_on(args) != ("shapes", True):
-        raise InputError(f"{args.gpt} was not trained on the captions of shapes, the only ones that can be "
-                         f"read back from a picture: train one with python train_gpt.py --cond text")
+        raise InputError(f"{args.gpt} was not trained on captions of shapes: do train_gpt.py --cond text")
     groups = {}
     for seen in (True, False):
         items = captioned_items("test", seen=seen)
@@ -871,7 +869,8 @@ def get_args(argv=None):
 
 def main(args):
     device, target = pick_device(args.device), args.out if args.sweep or args.alignment else args.save_stats
-    if target is not None:                                       # told before the work, not after it
+    # Told before the work, which may take hours, and not after it.
+    if target is not None:
         read = (args.ref, args.samples, args.gpt, args.vq, args.inception)
         if Path(target).is_dir() or os.path.abspath(target) in map(os.path.abspath, filter(None, read)):
             raise InputError(f"{target} is a folder, or a file that is read: choose another name")
