@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 import data as data_module
 import sample
-from data import (ARRAY_NAMES, ArrayData, batch_indices, find_file, in_order, load_data,
+from data import (ARRAY_NAMES, ArrayData, batch_indices, check_tokenizer, find_file, in_order, load_data,
                   save_picture)
-from files import Listing, read_image, warning
+from files import Listing, read_image, told, warning
 from runs import (DEVICE_HELP, InputError, check_output, counting, explained, fill_weights, finite,
                   flag_parser, learning_rate, not_negative, pick_device, rank_and_world, read_checkpoint, run,
                   short_hash, wait_for_all, weights_hash, whole_file)
@@ -233,7 +233,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         values, vectors = torch.linalg.eigh(sigma1)
         kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
         root = vectors[:, kept] * values[kept].sqrt()
-    trace = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
+    with explained("the statistics have no distance that fits into a number", kinds=RuntimeError):
+        trace = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
 
 
@@ -400,6 +401,8 @@ def train_judge(make, images, targets, device, epochs, batch_size=64, lr=3e-3, s
     epochs: three are about a minute for the classifier, which then knows nearly all real pictures of
     `shapes`; the reader, asked seven questions, gets a fourth.
     """
+    if images.shape[-1] < 16:                            # each of its four levels halves a picture
+        raise InputError("the classifiers need pictures of at least 16 x 16 pixels")
     torch.manual_seed(seed)
     net = make().to(device)
     batch_size = min(batch_size, len(images))            # so few pictures still make one whole step an epoch
@@ -437,8 +440,11 @@ def remembered(path, make):
         except InputError as error:
             print(f"{error}: it is made again", file=sys.stderr)
     result = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(result, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_arrays(result, path)
+    except OSError as error:                                     # no room or permission: then without a copy
+        warning(f"{path} is not kept: {error}")
     return result
 
 
@@ -458,33 +464,48 @@ class ImageSet:
     count    the number of pictures; 0 if the file holds statistics only
     shape    (3, H, W)
     """
+    # What is read of them: the type, and the axes, M pictures, D features or S spatial ones.
+    STORED = {"mu": (float, "D"), "sigma": (float, "DD"), "mu_s": (float, "S"), "sigma_s": (float, "SS"),
+              "label": (int, "M"), "prompt": (str, "M")}
 
     def __init__(self, path):
         self.path, self.stored, self.count, self.files, self.shape = Path(path), {}, 0, None, None
-        if not self.path.exists():
-            raise InputError(f"{path} does not exist")
         if self.path.is_dir():
-            self.files = Listing(self.path).pictures
+            found = Listing(self.path)
+            self.files, line = found.pictures, f"{path} holds {len(found.pictures):,} pictures"
+            print(line + told("; not used: ", found.unused), file=sys.stderr)
             if not self.files:
                 raise InputError(f"{path} holds no pictures")
             self.count, self.shape = len(self.files), self.read(0).shape
             return
-        with explained(f"{path} is neither a folder of pictures nor an .npz of plain arrays"), \
+        if not self.path.is_file():
+            raise InputError(f"{path} does not exist, or is no file")
+        with explained(f"{path} is damaged, or neither a folder of pictures nor an .npz of plain arrays"), \
                 np.load(self.path, allow_pickle=False) as file:
-            names = ("mu", "sigma", "mu_s", "sigma_s", "label", "prompt")
-            self.stored = {name: file[name] for name in names if name in file}
             if "arr_0" in file:
                 self.open_images().close()
+            sizes = {"M": self.count}                            # D and S are those of the first array
+            for name, (dtype, axes) in self.STORED.items():
+                if name in file:
+                    with explained(f"{path}: {name} is damaged, or not of type {dtype.__name__}"):
+                        array = self.stored[name] = file[name].astype(dtype, casting="same_kind")
+                    shape = tuple(sizes.setdefault(axis, len(array)) for axis in axes)
+                    if array.shape != shape or 0 in shape or dtype is float and not np.isfinite(array).all():
+                        raise InputError(f"{path}: {name} is {array.shape} instead of {shape}, or has NaN")
         if not self.count and not {"mu", "sigma"} <= self.stored.keys():
             raise InputError(f"{path} holds neither arr_0 nor mu and sigma")
 
     def open_images(self):
         """The open member arr_0 of an .npz, just behind its header."""
-        file = zipfile.ZipFile(self.path).open("arr_0.npy")
-        np.lib.format.read_magic(file)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-            raise InputError(f"{self.path}: arr_0 has to be uint8 (M, H, W, 3), not {dtype} {shape}")
+        archive = zipfile.ZipFile(self.path)
+        file, length = archive.open("arr_0.npy"), archive.getinfo("arr_0.npy").file_size
+        # The header of version 3 differs from that of 2 only in how names outside ASCII are written.
+        first = np.lib.format.read_magic(file) == (1, 0)
+        header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(file)
+        whole = length == file.tell() + math.prod(shape) and 0 not in shape
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not whole:
+            raise InputError(f"{self.path}: arr_0 is no whole uint8 (M, H, W, 3) in C order: {dtype} {shape}")
         self.count, self.shape = shape[0], (3, *shape[1:3])
         return file
 
@@ -533,7 +554,8 @@ class ImageSet:
             return make()
         key = short_hash([weights_hash(net), *((path.name, hashlib.sha256(file_bytes(path)).digest())
                                                for path in self.files or [self.path])])
-        return remembered(self.path.with_name(f"{self.path.name}.{key}.features.npz"), make)
+        folder, name = os.path.split(os.path.abspath(self.path))         # "." and ".." have no name
+        return remembered(Path(folder, f"{name}.{key}.features.npz"), make)
 
 
 def file_bytes(path):
@@ -620,9 +642,9 @@ class Judged:
 
     def measure(self, path):
         samples = ImageSet(path)
-        if not samples.count or not {"label", "prompt"} & samples.stored.keys():
-            raise InputError(f"{path} needs arr_0 and label to be judged by a classifier: write it with "
-                             f"python sample.py --npz")
+        square = samples.count and samples.shape[1] == samples.shape[2]
+        if not square or not {"label", "prompt"} & samples.stored.keys():
+            raise InputError(f"{path} needs square pictures in arr_0 and label, as sample.py --npz writes")
         images = torch.cat(list(samples.batches(1000)))          # (M, 3, H, W)
         if "prompt" in samples.stored:
             self.net = self.net or train_reader(self.device, images.shape[-1])
@@ -651,7 +673,7 @@ class Judged:
     def compare(self, images, labels):
         """Metrics of images uint8 (M, 3, H, W) with labels (M,)."""
         if labels.min() < 0 or labels.max() >= len(self.class_names):
-            raise InputError(f"the samples have labels up to {labels.max()}, but there are "
+            raise InputError(f"the samples have labels from {labels.min()} to {labels.max()}, but there are "
                              f"{len(self.class_names)} classes: give the data set that they were drawn for")
         fake = stack_features(self.net, [images], len(images), self.device, "the samples")
         right = (fake["logits"].argmax(dim=1) == labels).double()
@@ -728,8 +750,7 @@ def sweep(args, device):
     curves could not tell which of the two did it."""
     args.ref = args.ref or trained_on(args)[0]
     if args.ref is None:
-        raise InputError(f"{args.gpt} does not say on which data set known by name it was trained: give REF, "
-                         f"the real pictures to compare with, as python fid.py REF --sweep ...")
+        raise InputError(f"{args.gpt} names no data set: give REF, as in python fid.py REF --sweep ...")
     args.temperature = 1.0 if args.temperature is None else args.temperature
     target, table = check_output(args.out, (".csv",)), []
     judge = None if rank_and_world()[0] else (Judged if args.ref in ARRAY_NAMES else Inception)(args, device)
@@ -753,8 +774,7 @@ def alignment(args, device):
     """How well pictures of `shapes` agree with captions from the test split, --alignment of each: one shape
     or two, of combinations that were trained on or held out."""
     if trained_on(args) != ("shapes", True):
-        raise InputError(f"{args.gpt} was not trained on the captions of shapes, the only ones that can be "
-                         f"read back from a picture: train one with python train_gpt.py --cond text")
+        raise InputError(f"{args.gpt} was not trained on captions of shapes: do train_gpt.py --cond text")
     groups = {}
     for seen in (True, False):
         items = captioned_items("test", seen=seen)
@@ -856,11 +876,12 @@ def main(args):
     if args.recon:
         vq = load_tokenizer(args.recon, device)
         size = args.image_size or read_checkpoint(args.recon, mmap=True).get("image_size", 256)
+        check_tokenizer(vq, size, args.recon)
         data = load_data(args.data, args.split, size, args.limit, args.data_dir)
         metrics = reconstruct(vq, data, device, args, recon_network(args, size, device))
     else:
         if args.save_stats:
-            check_output(args.save_stats, flag="--save-stats")
+            check_output(args.save_stats, (".npz",), "--save-stats", reads=(args.ref, args.samples))
         judge = (Judged if args.ref in ARRAY_NAMES and not args.save_stats else Inception)(args, device)
         if args.save_stats:
             write_arrays(judge.statistics, args.save_stats)

@@ -67,15 +67,12 @@ def run(main, get_args):
 @contextmanager
 def on_signals(handler):
     """In this block handler is called on Ctrl-C, on kill or a cluster's time limit (SIGTERM), and when the
-    terminal closes (SIGHUP). Only a main thread may set handlers: in others, as of a web server, none are."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        # What nohup has switched off stays off. Scripts do that to SIGINT for all that they start with "&".
-        before = {number: old for number in known if (old := signal.getsignal(number)) is not None and
-                  (old != signal.SIG_IGN or number == signal.SIGINT)}
-    for number in before:
-        signal.signal(number, handler)
+    terminal closes (SIGHUP), but for those that nohup has switched off. Only a main thread may set handlers:
+    in others, as of a web server, none are."""
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if main and hasattr(signal, name)]
+    before = {number: signal.signal(number, handler) for number in numbers
+              if number == signal.SIGINT or signal.getsignal(number) not in (None, signal.SIG_IGN)}
     try:
         yield
     finally:
@@ -218,13 +215,16 @@ def whole_file(path):
         partial.unlink(missing_ok=True)
 
 
-def check_output(path, endings=(), flag="--out"):
-    """Refuse a name that could not be written, or not in the right format, before all work; make its folder.
-    Returns it as a Path."""
+def check_output(path, endings=(), flag="--out", reads=(), also=()):
+    """Refuse a name that could not be written, or not in the right format, before all work, and one that is,
+    or whose companions `also` are, among the files that are read. Makes its folder; returns it as a Path."""
     if os.path.isdir(path) or str(path).endswith(("/", os.sep)):
         raise InputError(f"{flag} {path} is a folder: give the name of a file in it")
     if endings and Path(path).suffix.lower() not in endings:
         raise InputError(f"{flag} {path}: give a name that ends in {' or '.join(endings)}")
+    for other in filter(None, reads):
+        if Path(other).resolve() in [Path(name).resolve() for name in (path, *also)]:
+            raise InputError(f"{flag} {path} would overwrite {other}, which is to be read: give another name")
     with explained(f"{flag} {path} cannot be written", "give another place", OSError):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         partial_name(Path(path)).touch()
@@ -290,12 +290,12 @@ class SharedArray:
         not raise an error but kills the process."""
         size, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(self.path.parent).free
         try:
-            if free < size:
-                raise OSError("the disk is full")
             np.lib.format.open_memmap(self.partial, mode="w+", dtype=dtype, shape=shape)
             if hasattr(os, "posix_fallocate"):
                 with open(self.partial, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            elif free < size:
+                raise OSError("the disk is full")
         except OSError as error:
             self.partial.unlink(missing_ok=True)
             raise InputError(f"{self.path} needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} are free ({error}): "
@@ -483,13 +483,10 @@ def resume_state(args, *needed):
     None for a fresh run. InputError names the flag that differs from that run's."""
     if rank_and_world()[1] > 1:
         raise InputError("training runs in one process: start it with python, not with torchrun")
-    out = check_output(args.out, (".pt",))
     # --init may be --out itself: a copy of that is kept, as NAME.previous.
-    ours = [out.with_suffix(kept + end) for kept in ("", ".previous") for end in (".pt", ".jsonl", ".png")]
-    for name, value in vars(args).items():
-        if name not in ("out", "resume") and isinstance(value, str) and Path(value).is_file() and any(
-                path.exists() and path.samefile(value) for path in ours[name == "init":]):
-            raise InputError(f"--{name} {value} would be overwritten by this run: give another --out")
+    also = [Path(args.out).with_suffix(end) for end in (".jsonl", ".png", ".previous.pt") if args.out[-1:] != "/"]
+    reads = [value for name, value in vars(args).items() if isinstance(value, str) and name not in ("out", "init")]
+    check_output(args.out, (".pt",), reads=reads, also=also)
     if not args.resume:
         return None
     state = read_checkpoint(args.out)
@@ -509,13 +506,10 @@ def resume_state(args, *needed):
 def check_same_data(args, state, identity):
     """Refuse to go on with other data than before. identity: a dict of what the data are known by; given
     back, for the next checkpoint."""
-    state = state or {}
     for name, now in identity.items():
-        # missing: the checkpoint is older than this check
-        before = state.get("data", state).get(name, now)
+        before = (state or {}).get("data", {}).get(name, now)    # missing: a checkpoint from before this check
         if before != now:
-            if isinstance(now, list):                            # the first that differs
-                before, now = next(pair for pair in zip_longest(before, now) if len(set(pair)) > 1)
+            before, now = (textwrap.shorten(str(value), 80) for value in (before, now))
             raise InputError(f"{args.out} was trained on other data, {name} {before} instead of {now}: go on "
                              "with the same, or start anew without --resume")
     return identity

@@ -1,6 +1,8 @@
 """pytest -q tests/test_fid.py      Closed forms of the metrics, the network's layout, and the command."""
 import copy
 import json
+import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -617,3 +619,200 @@ def test_an_empty_file_among_pictures_is_one_clear_line_with_the_cache_too(tmp_p
     with pytest.raises(InputError, match="2.png cannot be read"):
         main(get_args([str(tmp_path / "set"), str(tmp_path / "set"), "--cache", "--device", "cpu",
                        "--inception", str(tmp_path / "weights.pth")]))
+
+
+# files of other people
+
+class Tiny(torch.nn.Linear):
+    """Stands for Inception: the mean colour is its feature."""
+
+    def __init__(self, *args):
+        super().__init__(2, 2)
+
+    def features(self, images):
+        pool = images.float().mean(dim=(2, 3))
+        return {"pool": pool, "spatial": pool, "logits": pool}
+
+
+def rewritten(path, member, change):
+    """The .npz with the bytes of one member changed and the archive whole: its checksums are right."""
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, change(content) if name == member else content)
+
+
+STATS = dict(mu=np.zeros(3), sigma=np.eye(3))
+
+
+@pytest.mark.parametrize("arrays, message", [
+    ({"arr_0": np.zeros((0, 16, 16, 3), np.uint8)}, "uint8"),
+    ({"arr_0": np.zeros((5, 0, 16, 3), np.uint8)}, "uint8"),
+    ({"arr_0": np.asfortranarray(pictures(5, 0))}, "C order"), ({"arr_0": pictures(5, 0)[0]}, "uint8"),
+    ({"label": np.arange(4)}, "label"), ({"label": np.arange(5.0)}, "label"),
+    ({"label": np.array(list("abcde"))}, "label"), ({"label": np.zeros((5, 1), int)}, "label"),
+    ({"label": np.int64(3)}, "len()"), ({"label": np.array([None] * 5)}, "label"),
+    ({"label": np.zeros(0, int)}, "label"), ({"prompt": np.array(["a"] * 6)}, "prompt"),
+    ({"prompt": np.array([b"\xff"] * 5)}, "prompt"),
+    (STATS | {"mu": np.zeros(4)}, "sigma"), (STATS | {"sigma": np.eye(3)[:2]}, "sigma"),
+    (STATS | {"sigma": np.zeros(3)}, "sigma"), (STATS | {"mu": np.zeros((3, 1))}, "mu"),
+    (STATS | {"mu": np.zeros(3, complex)}, "mu"), (STATS | {"mu": np.array(list("abc"))}, "mu"),
+    (STATS | {"mu": np.array([0, np.inf, 0])}, "NaN"),
+    (STATS | {"mu_s": np.zeros(3), "sigma_s": np.eye(2)}, "sigma_s"),
+    (dict(mu=np.zeros(0), sigma=np.zeros((0, 0))), "mu"),
+    (STATS | {"mu": np.array([None] * 3)}, "mu"), (STATS | {"mu": np.float64(3)}, "len()")])
+def test_arrays_that_do_not_belong_together_are_refused_when_the_file_is_opened(tmp_path, arrays, message):
+    arrays = arrays if "mu" in arrays else {"arr_0": pictures(5, 0)} | arrays
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(InputError) as error:
+        fid.ImageSet(tmp_path / "x.npz")
+    assert message in str(error.value) and "x.npz" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint64", ">i4", "bool"])
+def test_labels_of_any_whole_type_are_read(tmp_path, dtype):
+    np.savez(tmp_path / "x.npz", arr_0=pictures(5, 0), label=np.array([0, 1, 1, 0, 1]).astype(dtype))
+    label = fid.ImageSet(tmp_path / "x.npz").stored["label"]
+    assert label.dtype == np.int64 and torch.from_numpy(label).tolist() == [0, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_the_header_is_read(tmp_path, version):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive, archive.open("arr_0.npy", "w") as file:
+        np.lib.format.write_array(file, pictures(5, 0), version)
+    found = torch.cat(list(fid.ImageSet(tmp_path / "x.npz").batches(2)))
+    assert np.array_equal(found.permute(0, 2, 3, 1), pictures(5, 0))
+
+
+@pytest.mark.parametrize("member", ["arr_0.npy", "label.npy"])
+@pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x[:100], lambda x: x[:5], lambda x: b"",
+                                    lambda x: b"text" + x])
+def test_arrays_shorter_than_their_header_says_are_refused(tmp_path, member, change):
+    np.savez(tmp_path / "x.npz", arr_0=pictures(5, 0), label=np.arange(5))
+    rewritten(tmp_path / "x.npz", member, change)
+    with pytest.raises(InputError, match="x.npz"):
+        fid.ImageSet(tmp_path / "x.npz")
+
+
+def test_pictures_longer_than_their_header_says_are_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", arr_0=pictures(5, 0))
+    rewritten(tmp_path / "x.npz", "arr_0.npy", lambda x: x + b"0")
+    with pytest.raises(InputError, match="no whole"):
+        fid.ImageSet(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_one_damaged_byte_anywhere_or_a_cut_is_one_line_or_changes_nothing(tmp_path, save):
+    path, pixels = tmp_path / "x.npz", pictures(4, 0, size=4)
+    save(path, arr_0=pixels, label=np.arange(4), mu=np.zeros(2), sigma=np.eye(2))
+    whole = path.read_bytes()
+    damaged = [whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1:] for i in range(0, len(whole), 3)]
+    refused = 0
+    for content in damaged + [whole[:i] for i in range(0, len(whole), 17)]:
+        path.write_bytes(content)
+        try:
+            found = fid.ImageSet(path)
+            if found.count:
+                assert np.array_equal(torch.cat(list(found.batches(3))).permute(0, 2, 3, 1), pixels)
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 250
+
+
+@pytest.mark.parametrize("write", [lambda path: np.save(path.open("wb"), pictures(5, 0)),
+                                   lambda path: path.write_text("0 1 2"), lambda path: path.write_bytes(b""),
+                                   lambda path: Image.new("RGB", (16, 16)).save(path, "PNG")])
+def test_a_file_that_is_no_archive_is_one_line(tmp_path, write):
+    write(tmp_path / "x.npz")
+    with pytest.raises(InputError, match="neither a folder of pictures nor an .npz"):
+        fid.ImageSet(tmp_path / "x.npz")
+
+
+def test_numbers_too_large_for_a_distance_are_one_line():
+    with pytest.raises(InputError, match="no distance"):
+        frechet_distance(np.zeros(3), 1e300 * np.eye(3), np.zeros(3), 1e300 * np.eye(3))
+
+
+@pytest.mark.parametrize("name", [".", "..", "folder/.", b"\xff"])
+def test_features_are_kept_beside_a_folder_of_any_name(tmp_path, monkeypatch, name):
+    folder = tmp_path / "folder" / (os.fsdecode(name) if isinstance(name, bytes) else "set")
+    (folder / "folder").mkdir(parents=True)
+    for i, pixels in enumerate(pictures(4, 0)):
+        Image.fromarray(pixels).save(folder / "folder" / f"{i}.png")
+    monkeypatch.chdir(folder / "folder" if name == ".." else folder)
+    ref = str(folder) if isinstance(name, bytes) else name
+    monkeypatch.setattr(fid, "load_inception", Tiny)
+    main(get_args([ref, ref, "--cache", "--device", "cpu"]))
+    kept, = tmp_path.rglob("*.features.npz")
+    assert kept.parent == (folder if name == "folder/." else folder.parent)
+
+
+def test_features_that_cannot_be_kept_are_used_and_a_warning_says_so(tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "x.npz", arr_0=pictures(5, 0))
+    monkeypatch.setattr(fid, "load_inception", Tiny)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(fid, "write_arrays", full)
+    main(get_args([str(tmp_path / "x.npz"), str(tmp_path / "x.npz"), "--cache", "--device", "cpu"]))
+    found = capsys.readouterr()
+    assert "is not kept" in found.err and "No space left" in found.err and lines_of(found.out)["FID"] < 1e-6
+
+
+def test_statistics_are_saved_into_a_new_folder_but_never_over_what_is_read(tmp_path, monkeypatch):
+    np.savez(tmp_path / "x.npz", arr_0=pictures(5, 0))
+    monkeypatch.setattr(fid, "load_inception", Tiny)
+    flags = [str(tmp_path / "x.npz"), "--device", "cpu", "--save-stats"]
+    main(get_args([*flags, str(tmp_path / "new" / "deep" / "stats")]))
+    assert np.load(tmp_path / "new" / "deep" / "stats")["sigma"].shape == (3, 3)
+    monkeypatch.chdir(tmp_path)
+    before = (tmp_path / "x.npz").read_bytes()
+    for target in (".", str(tmp_path), "x.npz", "new/../x.npz"):
+        with pytest.raises(InputError, match="choose another name"):
+            main(get_args([*flags, target]))
+    assert (tmp_path / "x.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["sweep", "sweep.png", ".", "", "gpt.pt"])
+def test_a_table_without_an_ending_or_over_a_model_is_refused_before_drawing(models, monkeypatch, tmp_path,
+                                                                             out):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fid, "draw", None)
+    with pytest.raises(InputError, match="sweep.csv|another name"):
+        main(get_args(["--sweep", "1", *models(data="shapes"), "--out", out]))
+
+
+@pytest.mark.parametrize("scales", [["1"], ["1", "1"], ["-1"]])
+def test_curves_are_drawn_for_one_scale_and_for_equal_ones(models, tmp_path, scales):
+    main(get_args(["--sweep", *scales, "--num-samples", "5", *models(data="shapes")]))
+    assert len((tmp_path / "out" / "sweep.csv").read_text().splitlines()) == 1 + len(scales)
+
+
+@pytest.mark.parametrize("shape, stored, message", [
+    ((5, 8, 8, 3), {"label": np.arange(5)}, "16 x 16"), ((5, 16, 32, 3), {"label": np.arange(5)}, "square"),
+    ((5, 8, 8, 3), {"prompt": np.array(["a large red star on a navy background"] * 5)}, "16 x 16"),
+    ((5, 32, 32, 3), {"label": np.arange(7, 12)}, "from 7 to 11"),
+    ((5, 32, 32, 3), {"label": np.arange(-1, 4)}, "-1"),
+    ((5, 32, 32, 3), {"prompt": np.array(["a dog"] * 5)}, "not a caption"),
+    ((1, 32, 32, 3), {"label": [3]}, "at least two"),
+    ((5, 32, 32, 3), {}, "label")])
+def test_samples_that_a_judge_cannot_read_are_one_line(tmp_path, models, monkeypatch, shape, stored, message):
+    models()
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros(shape, np.uint8), **stored)
+    if message == "not a caption":
+        monkeypatch.setattr(fid, "train_reader", lambda *args: None)
+    with pytest.raises(InputError, match=message):
+        main(get_args(["shapes", str(tmp_path / "x.npz"), "--limit", "20", "--device", "cpu"]))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--image-size", "30"], "not a multiple"), (["--image-size", "3"], "not a multiple"),
+    (["--image-size", "8", "--features", "classifier"], "16 x 16"), (["--image-size", "8"], "11 x 11"),
+    (["--limit", "1", "--image-size", "32", "--features", "classifier"], "at least two"),
+    (["--data", "mnist", "--image-size", "64"], "32x32")])
+def test_reconstructions_that_cannot_be_measured_are_one_line(tmp_path, models, offline, flags, message):
+    models()
+    with pytest.raises(InputError, match=message):
+        main(get_args(["--recon", str(tmp_path / "vq.pt"), "--device", "cpu", *flags]))

@@ -2,6 +2,7 @@
 import base64
 import builtins
 import json
+import time
 
 import numpy as np
 import pytest
@@ -197,6 +198,24 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
         T5Tokenizer(tmp_path / "spiece.model")
 
 
+def test_words_are_remembered_up_to_a_bound_and_long_ones_not_at_all(tmp_path):
+    tokenizer, _ = golden_tokenizer(tmp_path)
+    for i in range(70_000):
+        tokenizer.encode(str(i))
+    tokenizer.encode("ab" * 5000)
+    known = tokenizer.remembered.cache_info()
+    assert known.currsize <= known.maxsize <= 70_000 and known.misses == 70_000
+
+
+def test_a_model_that_was_cut_at_any_byte_is_refused(tmp_path):
+    golden_tokenizer(tmp_path)
+    whole = (tmp_path / "spiece.model").read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / "spiece.model").write_bytes(whole[:length])
+        with pytest.raises(InputError, match="spiece.model is not a readable"):
+            T5Tokenizer(tmp_path / "spiece.model")
+
+
 def test_words_are_numbered_by_frequency_and_unknown_ones_share_an_id():
     text = tiny_text_encoder(["a red star", "A red, RED heart"])
     assert text.tokenizer.words[:2] == ["red", "a"] and text.length == 6
@@ -232,6 +251,27 @@ def test_words_are_numbered_by_frequency_and_unknown_ones_share_an_id():
 ])
 def test_captions_are_cleaned_step_by_step(given, cleaned):
     assert clean_caption(given) == cleaned
+
+
+@pytest.mark.parametrize("unit", ["a", "<", "&", "http://", "-", "(", "a1", "a.", "1.", "<a ", "\u0130",
+                                  ".jpg", "&#9999", " ", "a1b <a&"])
+def test_a_caption_of_any_length_and_kind_is_cleaned_in_less_than_a_second(unit):
+    started = time.process_time()
+    clean_caption(unit * (1_000_000 // len(unit)))
+    assert time.process_time() - started < 1
+
+
+def test_only_what_is_beyond_all_tokens_of_a_caption_is_cut_off():
+    words = " ".join(f"word{'ab'[i % 2]}" for i in range(600))
+    assert len(words) > 3500 and clean_caption(words) == clean_caption(" " * 9000 + words) == words
+    assert len(clean_caption("&#" + "9" * 5000 + "; red")) < 4000        # once a traceback from int()
+
+
+def test_a_caption_of_which_nothing_is_left_is_one_end_token(tmp_path):
+    write_t5(tmp_path)
+    text = pretrained_text_encoder(tmp_path, length=5)
+    ids = text.tokenize(["http://example.com", "<b></b>", "  ", "&amp;#0"])
+    assert ids[:3].tolist() == [[0, 0, 0, 0, 1]] * 3 and text(ids)[0].isfinite().all()
 
 
 # captions as conditions
