@@ -881,7 +881,7 @@ def main(args):
         metrics = reconstruct(vq, data, device, args, recon_network(args, size, device))
     else:
         if args.save_stats:
-            check_output(args.save_stats, (".npz",), "--save-stats", reads=(args.ref, args.samples))
+            check_output(args.save_stats, flag="--save-stats", reads=(args.ref, args.samples))
         judge = (Judged if args.ref in ARRAY_NAMES and not args.save_stats else Inception)(args, device)
         if args.save_stats:
             write_arrays(judge.statistics, args.save_stats)

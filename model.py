@@ -316,11 +316,9 @@ class GPT(nn.Module):
         Returns logits (B, T + 1, V), position t predicting token t, and the loss, a mean in nats per token.
         """
         self.check_cond(cond, cond_mask)
-        V, N, device = self.config.vocab_size, self.config.block_size, cond.device
-        check_tensor("tokens", tokens, (len(cond), "T"), device, V)
-        L, T = self.config.cls_token_num, tokens.shape[1]
-        if T >= N:
-            raise InputError(f"{T} tokens given, but an image has {N}: pass at most all but the last")
+        V, device = self.config.vocab_size, cond.device
+        L, T = self.config.cls_token_num, check_tensor("tokens", tokens, (len(cond), "T"), device, V,
+                                                       most=self.config.block_size - 1)
         x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (B, S, D)
         mask = None if cond_mask is None else self.attention_mask(cond_mask)[..., :L + T, :L + T]
         x = self.tok_dropout(x)

@@ -20,7 +20,6 @@ import zipfile
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import fields
 from datetime import timedelta
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +57,8 @@ def run(main, get_args):
     try:
         with on_signals(signal.default_int_handler):
             main(get_args())
-    except (InputError, OSError) as error:       # OSError: no such folder, no permission, disk full
-        sys.exit(f"error: {error}")
+    except (InputError, OSError, MemoryError) as error:          # OSError: no permission, no such folder
+        sys.exit(f"error: {error or 'not enough memory'}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -70,8 +69,8 @@ def on_signals(handler):
     terminal closes (SIGHUP), but for those that nohup has switched off. Only a main thread may set handlers:
     in others, as of a web server, none are."""
     main = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if main and hasattr(signal, name)]
-    before = {number: signal.signal(number, handler) for number in numbers
+    known = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)) if main else ()         # Windows has no SIGHUP
+    before = {number: signal.signal(number, handler) for number in (getattr(signal, name) for name in known)
               if number == signal.SIGINT or signal.getsignal(number) not in (None, signal.SIG_IGN)}
     try:
         yield
@@ -87,7 +86,7 @@ def number(kind, words, fits):
     """An argparse type: a finite number of this kind for which fits(number) holds; words describe those."""
     def parse(text):
         value = kind(text)
-        if abs(value) >= 2 ** 63:                        # torch and NumPy count in 64 bits
+        if kind is int and abs(value) >= 2 ** 63:        # torch and NumPy count in 64 bits
             raise argparse.ArgumentTypeError(f"{text} is too large: it has to be within 64 bits")
         if not (math.isfinite(value) and fits(value)):
             raise argparse.ArgumentTypeError(f"{text} is not {words}")
@@ -104,19 +103,21 @@ finite = number(float, "a finite number", lambda x: True)
 share = number(float, "between 0 and 1", lambda x: 0 <= x <= 1)
 
 
-def check_tensor(name, x, shape, device=None, ids=None, wait=False):
-    """InputError unless x is a tensor of this shape (a letter: any size), on this device; if ids is given, of
-    int64 or int32 from 0 to ids - 1. The numbers are looked at on the CPU only: for a GPU's it would have to
-    wait, and a compiled graph would break. wait: wait for them."""
+def check_tensor(name, x, shape, device=None, ids=None, wait=False, most=math.inf):
+    """InputError unless x is a tensor of this shape (a letter: any size; the last at most `most`), on this
+    device and, with ids, of integers from 0 to ids - 1; returns its last size. Values are looked at on the
+    CPU only: for a GPU's it would have to wait, and a compiled graph would break. wait: wait for them."""
     if not (torch.is_tensor(x) and x.ndim == len(shape) and device in (None, x.device) and
             all(n == size or isinstance(n, str) for n, size in zip(shape, x.shape)) and
-            (ids is None or x.dtype in (torch.int64, torch.int32))):
+            x.shape[-1] <= most and (ids is None or x.dtype in (torch.int64, torch.int32))):
         found = f"{x.dtype} {tuple(x.shape)} on {x.device}" if torch.is_tensor(x) else type(x).__name__
         raise InputError(f"{name} is {found}: it has to be {'int64' if ids else 'a tensor'} of shape "
-                         f"({', '.join(map(str, shape))})" + (f" on {device}" if device else ""))
+                         f"({', '.join(map(str, shape))})" + (f" on {device}" if device else "") +
+                         (f", at most {most} long" if most < math.inf else ""))
     seen = ids and x.numel() and not torch.compiler.is_compiling() and (wait or x.device.type == "cpu")
     if seen and not 0 <= x.min() <= x.max() < ids:
         raise InputError(f"{name} holds {x.min()} to {x.max()}: it has to be from 0 to {ids - 1}")
+    return x.shape[-1]
 
 
 def check_compile(args, device):
@@ -208,7 +209,7 @@ def whole_file(path):
     path = Path(path)
     partial = partial_name(path)
     try:
-        with explained(f"{path} cannot be written", "is there room on the disk?", (OSError, RuntimeError)):
+        with explained(f"{path} cannot be written", "is there room on the disk?", OSError):
             yield partial
             partial.replace(path)
     finally:
@@ -387,12 +388,9 @@ class Progress:
             sys.exit(f"interrupted; step {self.step} is saved: the same flags and --resume go on from it")
 
     def interrupt(self, number, _):
-        """The run ends after this step; at once if it was told before. But timeout and service managers send
-        the same signal twice in a moment, and mean it once."""
-        now = time.monotonic()
-        if self.interrupted and (number == signal.SIGINT or now > self.interrupted + 0.5):
+        if self.interrupted and number == signal.SIGINT:         # a second Ctrl-C stops at once
             raise KeyboardInterrupt
-        self.interrupted = self.interrupted or now
+        self.interrupted = True
 
     def running(self):
         return not self.interrupted and self.fraction() < 1
@@ -424,11 +422,11 @@ class Progress:
         """End the run if its numbers are no longer finite, before anything uses them or is saved."""
         bad = self.since + int(self.good) + 1
         if bad <= self.step:
-            self.give_up(bad, "the loss or its gradient is")
+            self.give_up(bad)
 
-    def give_up(self, step, what):
-        raise InputError(f"step {step}: {what} NaN or infinite, so the run ends. {self.args.out} stays as it "
-                         "was last saved; try a lower --lr")
+    def give_up(self, step):
+        raise InputError(f"step {step}: the loss, its gradient or a weight is NaN or infinite, so the run "
+                         f"ends. {self.args.out} stays as it was last saved; try a lower --lr")
 
     def means(self):
         """The mean of each number since the last call (steps without it count as 0), and the steps per
@@ -444,28 +442,24 @@ class Progress:
         """Add a line to the log: step, seconds and these."""
         values = {"step": self.step, "seconds": self.seconds(), **values}
         rounded = {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in values.items()}
-        path, line = self.new_log if self.fresh else self.log_path, json.dumps(rounded) + "\n"
-        before = path.stat().st_size if path.exists() else 0
+        path = self.new_log if self.fresh else self.log_path
         with explained(f"{path} cannot be written", "is there room on the disk?", OSError):
-            try:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(line)
-            except OSError:
-                os.truncate(path, before)                        # half a line would spoil the next one
-                raise
+            with open(path, "a", encoding="utf-8") as file:
+                print(json.dumps(rounded), file=file)
 
     def save(self, **contents):
         """Write the checkpoint: contents, and what else it takes to go on from here."""
         self.check()
         if not all(w.isfinite().all() for name in ("raw", "disc") for w in contents.get(name, {}).values()):
-            self.give_up(self.step, "the weights have become")
+            self.give_up(self.step)
         path, random = Path(self.args.out), {kind: s.get_rng_state() for kind, s in self.streams.items()}
         if self.fresh:                       # copies: at no moment is there no checkpoint of that name
             for old in filter(Path.exists, (path, self.log_path, path.with_suffix(".png"))):
                 with whole_file(old.with_suffix(f".previous{old.suffix}")) as partial:
                     shutil.copyfile(old, partial)
         contents.update(step=self.step, seconds=self.seconds(), random=random, args=vars(self.args))
-        with whole_file(path) as partial:
+        with explained(f"{path} cannot be written", "is there room on the disk?", RuntimeError), \
+                whole_file(path) as partial:
             torch.save(contents, partial)
         if self.fresh:
             self.new_log.replace(self.log_path)
@@ -484,8 +478,8 @@ def resume_state(args, *needed):
     if rank_and_world()[1] > 1:
         raise InputError("training runs in one process: start it with python, not with torchrun")
     # --init may be --out itself: a copy of that is kept, as NAME.previous.
-    also = [Path(args.out).with_suffix(end) for end in (".jsonl", ".png", ".previous.pt") if args.out[-1:] != "/"]
-    reads = [value for name, value in vars(args).items() if isinstance(value, str) and name not in ("out", "init")]
+    also = [args.out.removesuffix(".pt") + end for end in (".jsonl", ".png", ".previous.pt")]
+    reads = [v for name, v in vars(args).items() if isinstance(v, str) and name not in ("out", "init")]
     check_output(args.out, (".pt",), reads=reads, also=also)
     if not args.resume:
         return None
@@ -507,7 +501,7 @@ def check_same_data(args, state, identity):
     """Refuse to go on with other data than before. identity: a dict of what the data are known by; given
     back, for the next checkpoint."""
     for name, now in identity.items():
-        before = (state or {}).get("data", {}).get(name, now)    # missing: a checkpoint from before this check
+        before = (state or {}).get("data", {}).get(name, now)    # missing: the checkpoint is older
         if before != now:
             before, now = (textwrap.shorten(str(value), 80) for value in (before, now))
             raise InputError(f"{args.out} was trained on other data, {name} {before} instead of {now}: go on "

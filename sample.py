@@ -35,12 +35,6 @@ SETTINGS = {("class", "own"): (2.5, 0.5), ("class", "released"): (4.0, 1.0),
             ("text", "own"): (1.5, 0.6), ("text", "released"): (7.5, 1.0)}
 
 
-# What generate and the flags accept
-LIMITS = {"cfg_scale": finite, "cfg_interval": number(int, "-1 or more", lambda n: n >= -1),
-          "temperature": not_negative, "top_k": natural,
-          "top_p": number(float, "above 0 and at most 1", lambda x: 0 < x <= 1)}
-
-
 def filter_logits(logits, top_k=0, top_p=1.0):
     """Keep the top_k largest logits (B, V), and of those the most probable ones that reach top_p together;
     the rest is -inf. Ties with the k-th largest stay, so does the token that crosses top_p.
@@ -73,22 +67,9 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
 
 
-def check_request(gpt, cond, cond_mask, prefix, *settings):
-    """InputError for what generate cannot use; settings: in the order of LIMITS. Before so many steps a GPU's
-    ids are worth a wait: one that is too large would end the whole process."""
-    for (name, parse), value in zip(LIMITS.items(), settings):
-        with explained(f"{name} = {value!r} cannot be used"):
-            parse(value)
-    gpt.check_cond(cond, cond_mask, wait=True)
-    if prefix is not None:
-        check_tensor("prefix", prefix, (len(cond), "P"), cond.device, gpt.config.vocab_size, wait=True)
-        if prefix.shape[1] > gpt.config.block_size:
-            raise InputError(f"prefix has {prefix.shape[1]} tokens, an image only {gpt.config.block_size}")
-
-
 @torch.no_grad()
 def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0,
-             prefix=None, generator=None, fill=0):
+             prefix=None, generator=None):
     """Sample whole images as tokens, (B, N) int64.
 
     cond           (B,) class ids, or (B, L, E) text features with cond_mask (B, L), padding on the left
@@ -98,19 +79,24 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
     top_k, top_p   see filter_logits
     prefix         (B, P) tokens to keep in front, P <= N: the rest of the picture is completed
     generator      torch.Generator on the model's device, for reproducible samples
-    fill           run the network on at least so many rows, so that a compiled step meets one size only
+
+    InputError for what does not fit. Ids are looked at here, on a GPU too, before so many steps: there, one
+    that is too large would end the whole process.
     """
-    check_request(gpt, cond, cond_mask, prefix, cfg_scale, cfg_interval, temperature, top_k, top_p)
+    if not (math.isfinite(cfg_scale) and cfg_interval >= -1 and 0 <= temperature < math.inf and top_k >= 0 and
+            0 < top_p <= 1):
+        raise InputError("cfg_scale has to be finite, cfg_interval -1 or more, temperature and top_k "
+                         "0 or more, top_p in (0, 1]; they are "
+                         f"{cfg_scale}, {cfg_interval}, {temperature}, {top_k}, {top_p}")
+    gpt.check_cond(cond, cond_mask, wait=True)
     B, N, L = cond.shape[0], gpt.config.block_size, gpt.config.cls_token_num
-    P = 0 if prefix is None else prefix.shape[1]
-    rows = max(fill, B)
-    tokens = torch.zeros(rows, N, dtype=torch.long, device=cond.device)
+    P = 0 if prefix is None else check_tensor("prefix", prefix, (B, "P"), cond.device, gpt.config.vocab_size,
+                                              wait=True, most=N)
+    tokens = torch.zeros(B, N, dtype=torch.long, device=cond.device)
     if P:
-        tokens[:B, :P] = prefix
+        tokens[:, :P] = prefix
     if P == N:
-        return tokens[:B]
-    filled = torch.arange(rows, device=cond.device).clamp(max=B - 1)         # the last one again
-    cond, cond_mask = cond[filled], cond_mask if cond_mask is None else cond_mask[filled]
+        return tokens
 
     # Guidance needs each sequence twice. Both go through the network as one batch, [conditional;
     # unconditional]: reading the weights is what takes the time, and they are read once for both.
@@ -132,8 +118,7 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
         if guided:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + cfg_scale * (conditional - unconditional)           # (B, V)
-        tokens[:B, i] = draw(logits[:B], temperature, top_k, top_p, generator)   # fill costs no random number
-        newest = tokens[:, i].clone()
+        newest = tokens[:, i] = draw(logits, temperature, top_k, top_p, generator)
         if i == N - 1:
             break
         # The released code asks whether step i, which reads token i and makes token i + 1, is past the
@@ -142,10 +127,10 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
             # Drop the unconditional half instead of computing it and throwing it away.
             guided = False
             for cache in caches:
-                cache.keep_first(rows)
-            mask = mask[:rows] if mask.ndim == 4 else mask
+                cache.keep_first(B)
+            mask = mask[:B] if mask.ndim == 4 else mask
         logits = gpt.step(twice(newest) if guided else newest, places[L + i:L + i + 1], mask, caches)
-    return tokens[:B]
+    return tokens
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -177,8 +162,6 @@ def load_models(args, device):
     text = load_text_encoder(args, checkpoint, gpt, device) if gpt.config.model_type == "t2i" else None
     K = gpt.config.num_classes
     names = checkpoint.get("class_names", imagenet_names() if K == 1000 else [str(i) for i in range(K)])
-    if text is None and len(names) != K:
-        raise InputError(f"{args.gpt} is damaged: it has {len(names):,} names for {K:,} classes")
     return gpt, vq, text, names, own
 
 
@@ -243,9 +226,9 @@ def balanced(chosen, args):
 # ------------------------------------------------------------------------------------------------------------
 # Drawing
 
-def sample_batch(models, conditions, rows, batch, args, device, fill=0):
+def sample_batch(models, conditions, rows, batch, args, device):
     """Pictures of these classes or prompts (B,), uint8 (B, H, W, 3). The random numbers come from --seed and
-    the batch's number alone, so it does not matter which process draws it, or when. fill: see generate."""
+    the batch's number alone, so it does not matter which process draws it, or when."""
     gpt, vq, text = models
     # Neighbouring seeds and batches must not give similar streams: SeedSequence mixes the two numbers well.
     seed = np.random.SeedSequence((args.seed, batch)).generate_state(1, np.uint64).item()
@@ -253,7 +236,7 @@ def sample_batch(models, conditions, rows, batch, args, device, fill=0):
     with torch.no_grad():
         cond, cond_mask = conditions(rows, text, device)
     tokens = generate(gpt, cond, cond_mask, args.cfg_scale, args.cfg_interval, args.temperature, args.top_k,
-                      args.top_p, generator=generator, fill=fill)            # (B, N)
+                      args.top_p, generator=generator)                       # (B, N)
     return to_pictures(vq, tokens, args.image_size_eval).cpu().numpy()
 
 
@@ -262,10 +245,11 @@ def sample_all(models, conditions, rows, images, args, device, array=None):
     if this process is to draw only its part of the batches."""
     size, started, count = args.batch_size, time.perf_counter(), 0
     batches = range(-(-len(rows) // size)) if array is None else array.mine
-    fill = min(size, len(rows)) if args.compile else 0           # or the smaller last batch compiles anew
     for batch in tqdm(batches, desc="sampling", unit=" batches"):
         place = slice(batch * size, (batch + 1) * size)
-        images[place] = sample_batch(models, conditions, rows[place], batch, args, device, fill)
+        # A smaller last batch would be compiled anew and draw other numbers: it is filled up, then cut.
+        full = np.resize(rows[place], min(size, len(rows)))
+        images[place] = sample_batch(models, conditions, full, batch, args, device)[:len(rows[place])]
         if array is not None:
             array.done[batch] = SharedArray.DONE
         count += len(rows[place])
@@ -340,12 +324,13 @@ def get_args(argv=None):
     add = parser.add_argument_group("how to sample").add_argument
     add("--cfg-scale", type=finite, help="guidance; 1: none, 0: unconditional; if left out 2.5 (with text "
         "1.5), for a released GPT 4 (with text 7.5)")
-    add("--cfg-interval", type=LIMITS["cfg_interval"], default=-1,
+    add("--cfg-interval", type=number(int, "-1 or more", lambda n: n >= -1), default=-1,
         help="i: guide tokens 0 to i+1 only; -1: all")
     add("--temperature", type=not_negative, help="below 1: less varied; 0: the likeliest token; if left out "
         "0.5 (with text 0.6), for a released GPT 1")
     add("--top-k", type=natural, default=0, help="draw from the k likeliest tokens; 0: from all")
-    add("--top-p", type=LIMITS["top_p"], default=1.0, help="draw from the likeliest tokens of this share")
+    add("--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1), default=1.0,
+        help="draw from the likeliest tokens of this share")
     add("--batch-size", type=counting, default=100, help="pictures drawn at the same time")
     add("--seed", type=natural, default=0, help="same seed and batch size, same pictures on this device")
     add("--device", help=DEVICE_HELP)

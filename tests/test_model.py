@@ -71,7 +71,7 @@ def test_no_tokens_give_the_logits_of_the_first_and_too_many_are_refused():
     gpt = small_gpt().eval()
     logits, loss = gpt(torch.zeros(2, 0, dtype=torch.long), torch.tensor([0, 10]))
     assert logits.shape == (2, 1, 96) and loss is None
-    with pytest.raises(InputError, match="16 tokens"):
+    with pytest.raises(InputError, match=r"tokens is .*\(2, 16\).*at most 15 long"):
         gpt(torch.zeros(2, 16, dtype=torch.long), torch.tensor([0, 10]))
 
 

