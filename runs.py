@@ -237,27 +237,27 @@ def check_output(path, endings=(), flag="--out", reads=(), also=()):
 def alone(path, wait=False):
     """No other command works on `path` in this block: a second one waits for the first, or ends in one line.
     Under torchrun one process holds the lock for all of its job."""
-    lock, file = Path(f"{path}.lock"), None
+    lock = None
     # Windows has no fcntl; some file systems have no locks, some folders are read-only: all do without.
     with suppress(ImportError, OSError):
         import fcntl                                     # its locks end with their holder, however it ends
         if rank_and_world()[0] == 0:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "a")
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            lock = open(f"{path}.lock", "a")
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if not wait:
                     raise InputError(f"another run writes {path} at this moment: give another name") from None
                 print(f"another run makes {path}: waiting for it", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_EX)
     wait_for_all()
     try:
         yield
     finally:
-        if file:
-            lock.unlink(missing_ok=True)
-            file.close()
+        if lock:
+            Path(lock.name).unlink(missing_ok=True)
+            lock.close()
 
 
 class SharedArray:

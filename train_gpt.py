@@ -61,6 +61,14 @@ def prepare_codes(args, vq, vq_hash, device):
     return folders
 
 
+def usable(labels, K):
+    """Which pictures to ask for: not those with the label -1, which could not be read, nor any whose class is
+    beyond the K of the training pictures, where the null class has its row."""
+    if (strange := int((labels >= K).sum())):
+        print(f"warning: left out {strange} pictures of classes that are not trained", file=sys.stderr)
+    return np.flatnonzero((labels >= 0) & (labels < K))
+
+
 def prepare_captions(args, folders, base, saved, device):
     """The Captions of the training and of the held-out pictures, and the text encoder that is still to run in
     every step: None if its features are cached. base: the checkpoint --init; saved: the text encoder of a
@@ -261,9 +269,9 @@ def main(args):
             raise InputError(f"{path} and {args.vq} do not belong together: that GPT had another tokenizer")
     folders = prepare_codes(args, vq, vq_hash, device)
     (codes, labels, about), (test_codes, test_labels, _) = (read_codes(folder) for folder in folders)
-    # Pictures that could not be read have the label -1: never ask for them.
-    kept, test_kept = np.flatnonzero(labels >= 0), np.flatnonzero(test_labels >= 0)
     names, N, V = about["class_names"], codes.shape[2], vq.config.codebook_size
+    K = len(names) if args.cond == "class" else math.inf
+    kept, test_kept = usable(labels, K), usable(test_labels, K)
     identity = check_same_data(args, state, {"class_names": names, "pictures": len(codes),
                                              "readable": len(kept), **about.get("identity", {})})
     # 2. What stands in front of the tokens, and the GPT that reads it

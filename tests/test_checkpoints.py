@@ -170,3 +170,16 @@ def test_a_gpt_that_cannot_be_the_start_is_told_before_any_picture_is_tokenized(
     with pytest.raises(InputError, match=told):
         run_gpt(tmp_path, "--vq", str(bases / "vq.pt"), "--init", str(bases / f"{name}.pt"), "--cond", cond,
                 "--steps", "1")
+
+
+@pytest.mark.parametrize("cond", ["class", "text"])
+def test_held_out_classes_that_were_never_trained_are_left_out_and_told(capsys, cond):
+    """In codes, as .cls files in archives may leave them: a class beyond the table, and the null class's row."""
+    labels = np.array([0, 1, 2, 3, 7, -1, 1, 0])
+    bound = 3 if cond == "class" else np.inf
+    kept = train_gpt.usable(labels, bound)
+    told = capsys.readouterr().err
+    if cond == "class":
+        assert kept.tolist() == [0, 1, 2, 6, 7] and "left out 2 pictures" in told
+    else:
+        assert kept.tolist() == [0, 1, 2, 3, 4, 6, 7] and not told
