@@ -471,6 +471,7 @@ class ImageSet:
     def __init__(self, path):
         self.path, self.stored, self.count, self.files, self.shape = Path(path), {}, 0, None, None
         if self.path.is_dir():
+            # FID of a part of the pictures looks like FID: tell what is read and what is not.
             found = Listing(self.path)
             self.files, line = found.pictures, f"{path} holds {len(found.pictures):,} pictures"
             print(line + told("; not used: ", found.unused), file=sys.stderr)

@@ -422,11 +422,11 @@ class Progress:
         """End the run if its numbers are no longer finite, before anything uses them or is saved."""
         bad = self.since + int(self.good) + 1
         if bad <= self.step:
-            self.give_up(bad)
+            self.give_up(bad, "the loss or its gradient")
 
-    def give_up(self, step):
-        raise InputError(f"step {step}: the loss, its gradient or a weight is NaN or infinite, so the run "
-                         f"ends. {self.args.out} stays as it was last saved; try a lower --lr")
+    def give_up(self, step, what):
+        raise InputError(f"step {step}: {what} is NaN or infinite, so the run ends. {self.args.out} stays as "
+                         "it was last saved; try a lower --lr")
 
     def means(self):
         """The mean of each number since the last call (steps without it count as 0), and the steps per
@@ -451,7 +451,7 @@ class Progress:
         """Write the checkpoint: contents, and what else it takes to go on from here."""
         self.check()
         if not all(w.isfinite().all() for name in ("raw", "disc") for w in contents.get(name, {}).values()):
-            self.give_up(self.step)
+            self.give_up(self.step, "a weight")
         path, random = Path(self.args.out), {kind: s.get_rng_state() for kind, s in self.streams.items()}
         if self.fresh:                       # copies: at no moment is there no checkpoint of that name
             for old in filter(Path.exists, (path, self.log_path, path.with_suffix(".png"))):
@@ -479,7 +479,8 @@ def resume_state(args, *needed):
         raise InputError("training runs in one process: start it with python, not with torchrun")
     # --init may be --out itself: a copy of that is kept, as NAME.previous.
     also = [args.out.removesuffix(".pt") + end for end in (".jsonl", ".png", ".previous.pt")]
-    reads = [v for name, v in vars(args).items() if isinstance(v, str) and name not in ("out", "init")]
+    reads = [v for name, v in vars(args).items() if isinstance(v, str) and name != "out" and
+             not (name == "init" and v == args.out)]
     check_output(args.out, (".pt",), reads=reads, also=also)
     if not args.resume:
         return None

@@ -79,9 +79,6 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
     top_k, top_p   see filter_logits
     prefix         (B, P) tokens to keep in front, P <= N: the rest of the picture is completed
     generator      torch.Generator on the model's device, for reproducible samples
-
-    InputError for what does not fit. Ids are looked at here, on a GPU too, before so many steps: there, one
-    that is too large would end the whole process.
     """
     if not (math.isfinite(cfg_scale) and cfg_interval >= -1 and 0 <= temperature < math.inf and top_k >= 0 and
             0 < top_p <= 1):

@@ -1,6 +1,7 @@
 """pytest -q tests/test_checkpoints.py      Checkpoints of other people, other versions and other wrappers."""
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -174,7 +175,7 @@ def test_a_gpt_that_cannot_be_the_start_is_told_before_any_picture_is_tokenized(
 
 @pytest.mark.parametrize("cond", ["class", "text"])
 def test_held_out_classes_that_were_never_trained_are_left_out_and_told(capsys, cond):
-    """In codes, as .cls files in archives may leave them: a class beyond the table, and the null class's row."""
+    # As .cls files in archives may have them: a class beyond the table, and that of the null class's row.
     labels = np.array([0, 1, 2, 3, 7, -1, 1, 0])
     bound = 3 if cond == "class" else np.inf
     kept = train_gpt.usable(labels, bound)
