@@ -223,9 +223,9 @@ def parse_caption(caption):
 
 JUDGED_SIDE = 32                     # larger pictures are averaged to this side: masks and times stay the same
 RADII = np.linspace(0.17, 0.41, 25)  # from below the 0.2 of scenes to above SIZES; steps of 0.3 pixels
-SHIFTS = np.array([-1, 0, 1]) / 3    # of pixels; whole pixels are moves of the window
+SHIFTS = np.arange(-2, 3) / 3        # of pixels; whole pixels are moves of the window
 REACH = 2                            # whole pixels around the shape's centre of mass in which it is looked for
-TRIED = int(__import__('os').environ.get('TRIED',16))
+TRIED = 8                            # so many of the nearest masks get their soft IoU computed
 BOUND = 0.8                          # of the soft IoU: below it a shape does not count as the kind
 
 
@@ -287,9 +287,9 @@ def outline_masks(kind, side):
 def fit_outlines(alpha):
     """Soft IoU of alpha (M, S, S) with each kind at its best place and size, (M, K), and that radius, (M, K).
 
-    IoU = sum min(alpha, ideal) / sum max(alpha, ideal). Best is what differs least in squares, which are one
-    matmul for all masks. A shape that is worth anything has its centre of mass near the ideal one's: there the
-    search starts, first in whole pixels at all radii, then in thirds of a pixel.
+    IoU = sum min(alpha, ideal) / sum max(alpha, ideal). Candidates are the masks that differ least in squares,
+    which are one matmul for all masks. A shape that is worth anything has its centre of mass near the ideal
+    one's: there the search starts, first in whole pixels at all radii, then in thirds of a pixel.
     """
     (M, side, _), mass, every = alpha.shape, alpha.sum(dim=(1, 2)), torch.arange(len(alpha))
     axis, window = torch.arange(side) + 0.5, torch.arange(side + 2 * REACH)
@@ -302,12 +302,13 @@ def fit_outlines(alpha):
     for kind in KINDS:
         masks = outline_masks(kind, side)                                          # (R, shifts, S * S)
         centred, masks = masks[:, masks.shape[1] // 2], masks.flatten(0, 1)
-        place = torch.cdist(near.flatten(0, 1), centred).view(M, -1, len(RADII)).amin(dim=2).argmin(dim=1)
+        nearest = torch.cdist(near.flatten(0, 1), centred).amin(dim=1)             # (M * places,)
+        place = nearest.view(M, -1).argmin(dim=1)
         there = near[every, place]                                                 # (M, S * S)
         best = torch.cdist(there, masks).topk(TRIED, largest=False).indices        # (M, tried)
         both, either = (f(there[:, None], masks[best]).sum(dim=2) for f in (torch.minimum, torch.maximum))
-        # What lies outside the window counts as well.
-        iou, i = (both / (either + (mass - there.sum(dim=1))[:, None])).max(dim=1)
+        outside = mass - there.sum(dim=1)                        # of the window: none of it should be there
+        iou, i = (both / (either + outside[:, None])).max(dim=1)
         ious.append(iou)
         radii.append(torch.from_numpy(RADII)[best[every, i] // len(SHIFTS) ** 2])
     return torch.stack(ious, dim=1), torch.stack(radii, dim=1)
