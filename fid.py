@@ -1,7 +1,8 @@
 """The numbers of the paper: FID, sFID, Inception Score, precision, recall; rFID, PSNR, SSIM of a tokenizer.
 
     python fid.py REF SAMPLES              each a folder, an .npz with arr_0, or an .npz with mu and sigma
-    python fid.py shapes out/samples.npz   without Inception weights: a small CNN trained on the real pictures
+    python fid.py shapes out/samples.npz   without Inception weights: a small CNN trained on the real pictures,
+                                           and the rules by which shapes are drawn
     python fid.py --recon out/vq.pt --data shapes
     python fid.py --sweep 1 1.5 2 3 5      draw and measure at several guidance scales
     python fid.py --alignment 500          draw captions of shapes and read the pictures back
@@ -37,8 +38,7 @@ from files import Listing, read_image, told, warning
 from runs import (DEVICE_HELP, InputError, check_output, counting, explained, fill_weights, finite,
                   flag_parser, learning_rate, not_negative, pick_device, rank_and_world, read_checkpoint, run,
                   short_hash, wait_for_all, weights_hash, whole_file)
-from shapes import (BACKGROUNDS, COLOURS, KINDS, SIZES, captioned_items, captioned_shapes, in_reading_order,
-                    parse_caption)
+from shapes import captioned_items, drawn_kinds, in_reading_order, parse_caption, read_pictures
 from tokenizer import evaluate, load_tokenizer, pass_size, to_float, to_pictures, tokenize_in_passes
 
 
@@ -295,7 +295,8 @@ def ssim(a, b):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Judges: small networks, trained on the real pictures when first asked for; no weights from outside
+# Judges without weights from outside: a small network, trained on the real pictures when first asked for, and
+# for shapes the rules by which they are drawn
 
 class Classifier(nn.Module):
     """Four levels of 3x3 convolutions, each halving the picture; the mean over what is left decides.
@@ -308,20 +309,11 @@ class Classifier(nn.Module):
         levels = [(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
                    nn.MaxPool2d(2)) for c_in, c_out in pairwise((3, 32, 64, 128, 128))]
         self.body = nn.Sequential(*chain(*levels), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head, self.widths = nn.Linear(128, num_classes), [num_classes]
+        self.head = nn.Linear(128, num_classes)
 
     def forward(self, images):                                   # images (B, 3, H, W) in [-1, 1]
         pool = self.body(images)                                 #        (B, D)
         return pool, self.head(pool)                             # logits (B, K)
-
-    def split(self, logits):
-        """The logits of each question: (B, K) -> a list of (B, K of this question)."""
-        return logits.split(self.widths, dim=1)
-
-    def loss(self, logits, targets):
-        """Mean cross-entropy over the answers that a picture has; the others are -100 in targets (B, ...)."""
-        return sum(F.cross_entropy(part, target, reduction="sum") for part, target
-                   in zip(self.split(logits), targets.view(len(targets), -1).T)) / (targets >= 0).sum()
 
     @torch.no_grad()
     def features(self, images):
@@ -330,81 +322,48 @@ class Classifier(nn.Module):
         return {"pool": pool, "logits": logits}
 
 
-class AttributeReader(Classifier):
-    """Reads from a picture of one or two shapes what its caption should say: several answers at once.
-
-    The first of two shapes is the left or the upper one; the grid is not averaged, or places would be lost.
-    """
-    HEADS = {"kind": KINDS, "colour": COLOURS, "kind of second": KINDS, "colour of second": COLOURS,
-             "background": BACKGROUNDS, "size": SIZES, "layout": ("alone", "beside", "above")}
-    LAYOUTS = {"left of": "beside", "right of": "beside", "above": "above", "below": "above"}
-
-    def __init__(self, side):
-        super().__init__(sum(map(len, self.HEADS.values())))
-        self.widths = [len(words) for words in self.HEADS.values()]
-        # Another end than the Classifier's: all places instead of their mean.
-        self.body[-2] = nn.Identity()
-        self.head = nn.Linear(128 * (side // 16) ** 2, self.head.out_features)
-
-    @classmethod
-    def answers(cls, item):
-        """The right answers (7,) for a picture's attributes, in the form of parse_caption."""
-        first, second = (*in_reading_order(item), {})[:2]
-        found = [first["kind"], first["colour"], second.get("kind"), second.get("colour"),
-                 item["background"], item.get("size"), cls.LAYOUTS.get(item.get("relation"), "alone")]
-        return [list(words).index(word) if word else -100 for word, words in zip(found, cls.HEADS.values())]
+def outline(images, labels):
+    """Whether each picture uint8 (M, 3, H, W) has the outline of its kind (M,): soft IoU >= 0.8 with the ideal
+    one at its best place and size, and with no other kind a higher one. Bool (M,)."""
+    return drawn_kinds(images.permute(0, 2, 3, 1).cpu()) == labels
 
 
-def train_reader(device, side):
-    """An AttributeReader for pictures of `side` pixels: of one and of two shapes, in all combinations."""
-    images, items = zip(*(captioned_shapes("train", size=side, seen=seen) for seen in (True, False)))
-    images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2)
-    targets = torch.tensor([AttributeReader.answers(item) for item in items[0] + items[1]])
-    return train_judge(lambda: AttributeReader(side), images, targets, device, epochs=4)
-
-
-def agreement(images, captions, reader, device):
-    """Shares of pictures uint8 (M, 3, H, W) that agree with their captions: kind and colour over all shapes,
-    background, size over pictures of one shape, order: that the first-named of two is where it should be, and
-    everything at once."""
+def agreement(images, captions):
+    """Shares of pictures uint8 (M, 3, H, W) that agree with their captions, read by the drawing rules: kind and
+    colour over all shapes, background, size over pictures of one shape, order: that the first-named of two is
+    where it should be, and everything at once."""
     items = [parse_caption(caption) for caption in captions]
-    logits = stack_features(reader, [images], len(images), device, "the samples")["logits"]
-    read = torch.stack([part.argmax(dim=1) for part in reader.split(logits)], dim=1)        # (M, 7)
-    right = torch.tensor([reader.answers(item) for item in items])                          # (M, 7)
-    same = read == right
-    two, sized = right[:, 2] >= 0, right[:, 5] >= 0
-    # Of two shapes each counts as itself wherever it stands: read them in the order that fits better.
-    swapped = torch.stack([read[:, i] == right[:, j] for i, j in ((2, 0), (3, 1), (0, 2), (1, 3))], dim=1)
-    in_place = same[:, :4].sum(dim=1) > swapped.sum(dim=1)
-    best = torch.where((in_place | ~two)[:, None], same[:, :4], swapped)                    # (M, 4)
-    in_order_too = in_place & same[:, 6]
-    found = {"Kind": torch.cat([best[:, 0], best[two, 2]]),
-             "Colour": torch.cat([best[:, 1], best[two, 3]]),
-             "Background": same[:, 4],
-             "Size": same[sized, 5],
-             "Order": in_order_too[two],
-             # What a caption does not name cannot be wrong.
-             "Everything": (best[:, :2].all(dim=1) & (best[:, 2:].all(dim=1) & in_order_too | ~two) &
-                            same[:, 4] & (same[:, 5] | ~sized))}
-    return {name: hits.double().mean().item() for name, hits in found.items() if len(hits)}
+    hits = {name: [] for name in ("Kind", "Colour", "Background", "Size", "Order", "Everything")}
+    for two in (False, True):
+        chosen = [i for i, item in enumerate(items) if ("shapes" in item) == two]
+        for i, found in zip(chosen, read_pictures(images[chosen].permute(0, 2, 3, 1), two)):
+            asked, there = in_reading_order(items[i]), in_reading_order(found)
+            # Of two shapes each counts as itself wherever it stands: take the order that fits better.
+            same, swapped = ([a[word] == b[word] for a, b in zip(order, there) for word in ("kind", "colour")]
+                             for order in (asked, asked[::-1]))
+            best, beside = max(same, swapped, key=sum), ("left of", "right of")
+            right = {"Background": items[i]["background"] == found["background"]}
+            if two:
+                right["Order"] = (sum(same) > sum(swapped) and found["relation"] is not None
+                                  and (items[i]["relation"] in beside) == (found["relation"] in beside))
+            elif items[i]["size"]:                               # what a caption does not name cannot be wrong
+                right["Size"] = items[i]["size"] == found["size"]
+            hits["Kind"] += best[::2]
+            hits["Colour"] += best[1::2]
+            for name, hit in right.items():
+                hits[name].append(hit)
+            hits["Everything"].append(all(best) and all(right.values()))
+    return {name: sum(found) / len(found) for name, found in hits.items() if found}
 
 
-def train_classifier(data, device):
-    """A Classifier in eval mode, trained on all pictures of `data`."""
-    return train_judge(lambda: Classifier(len(data.class_names)), data.images, data.labels, device, epochs=3)
-
-
-def train_judge(make, images, targets, device, epochs, batch_size=64, lr=3e-3, seed=0):
-    """The network that make() gives, in eval mode, trained to give these targets (M, ...) for the images
-    uint8 (M, 3, H, W). It is kept in the cache, under a name made of all it depends on, for the next time.
-
-    epochs: three are about a minute for the classifier, which then knows nearly all real pictures of
-    `shapes`; the reader, asked seven questions, gets a fourth.
-    """
-    if images.shape[-1] < 16:                            # each of its four levels halves a picture
+def train_classifier(data, device, epochs=3, batch_size=64, lr=3e-3, seed=0):
+    """A Classifier in eval mode, trained on all pictures of `data`. It is kept in the cache, under a name made
+    of all it depends on, for the next time. Three epochs are about a minute; it then knows nearly all real
+    pictures of `shapes`."""
+    if data.images.shape[-1] < 16:                                   # each of its four levels halves a picture
         raise InputError("the classifiers need pictures of at least 16 x 16 pixels")
     torch.manual_seed(seed)
-    net = make().to(device)
+    net, images, targets = Classifier(len(data.class_names)).to(device), data.images, data.labels
     batch_size = min(batch_size, len(images))            # so few pictures still make one whole step an epoch
     key = short_hash([type(net).__name__, tuple(targets.shape), images.shape[-1], images.numpy().tobytes(),
                       targets.numpy().tobytes(), epochs, batch_size, lr, seed])
@@ -421,7 +380,7 @@ def train_judge(make, images, targets, device, epochs, batch_size=64, lr=3e-3, s
             # of each batch blurred and half noisy the network judges what is drawn, not how sharply.
             batch[::2] = F.avg_pool2d(batch[::2], 3, 1, 1, count_include_pad=False)
             batch[1::2] += 0.05 * torch.randn_like(batch[1::2])
-            loss = net.loss(net(batch)[1], targets[index].to(device))
+            loss = F.cross_entropy(net(batch)[1], targets[index].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -626,11 +585,13 @@ class Inception:
 
 
 RECON = " (reconstructions)"                                     # ends the names of figures against these
+OUTLINES = 1000          # real pictures and reconstructions whose outlines are judged: enough for +- 1 %
+VQ = "out/vq.pt"         # the tokenizer of the default run
 
 
 class Judged:
-    """Samples of a data set known by name against its real test pictures, by a judge trained on its training
-    pictures: the classifier for samples with labels, the reader for samples with captions.
+    """Samples of a data set known by name against its real test pictures, by a classifier trained on its
+    training pictures; of shapes also by the drawing rules, which is all that samples with captions need.
 
     A sweep compares with as many real pictures as samples: the more there are, the smaller the balls around
     them, and the lower the precision. It compares with the tokenizer's reconstructions of them, too: a GPT
@@ -648,8 +609,7 @@ class Judged:
             raise InputError(f"{path} needs square pictures in arr_0 and label, as sample.py --npz writes")
         images = torch.cat(list(samples.batches(1000)))          # (M, 3, H, W)
         if "prompt" in samples.stored:
-            self.net = self.net or train_reader(self.device, images.shape[-1])
-            return agreement(images, samples.stored["prompt"].tolist(), self.net, self.device)
+            return agreement(images, samples.stored["prompt"].tolist())
         if self.net is None:
             self.learn(images.shape[-1])
         return self.compare(images, torch.from_numpy(samples.stored["label"]))
@@ -662,14 +622,18 @@ class Judged:
         self.net, self.class_names = train_classifier(train, self.device), train.class_names
         real = stack_features(self.net, [test.images], len(test), self.device, args.ref)
         self.accuracy = (real["logits"].argmax(dim=1) == test.labels).double().mean().item()
-        self.features = {"": real["pool"]}                       # (L, D)
-        if args.sweep:
-            vq = load_tokenizer(args.vq, self.device)
+        self.features, shown = {"": real["pool"]}, {" (real)": test.images[:OUTLINES]}         # (L, D)
+        if args.sweep or args.ref == "shapes" and (args.vq or Path(VQ).exists()):
+            vq = load_tokenizer(args.vq or VQ, self.device)
             with torch.inference_mode():
-                tokens = tokenize_in_passes(vq, test.images, self.device)            # (L, N)
+                tokens = tokenize_in_passes(vq, test.images if args.sweep else shown[" (real)"], self.device)
                 recon = to_pictures(vq, tokens).permute(0, 3, 1, 2).cpu()
-            found = stack_features(self.net, [recon], len(recon), self.device, "reconstructions")
-            self.features[RECON] = found["pool"]
+            shown[RECON] = recon[:OUTLINES]
+            if args.sweep:
+                found = stack_features(self.net, [recon], len(recon), self.device, "reconstructions")
+                self.features[RECON] = found["pool"]
+        self.outlines = {f"Outline{name}": outline(pictures, test.labels[:OUTLINES]).double().mean().item()
+                         for name, pictures in shown.items() if args.ref == "shapes"}
 
     def compare(self, images, labels):
         """Metrics of images uint8 (M, 3, H, W) with labels (M,)."""
@@ -677,10 +641,14 @@ class Judged:
             raise InputError(f"the samples have labels from {labels.min()} to {labels.max()}, but there are "
                              f"{len(self.class_names)} classes: give the data set that they were drawn for")
         fake = stack_features(self.net, [images], len(images), self.device, "the samples")
-        right = (fake["logits"].argmax(dim=1) == labels).double()
-        metrics = {"Real test accuracy": self.accuracy, "Class accuracy": right.mean().item()}
-        metrics |= {f"Class accuracy of {name}": right[labels == i].mean().item()
-                    for i, name in enumerate(self.class_names) if (labels == i).any()}
+        judged = {"Class accuracy": fake["logits"].argmax(dim=1) == labels}
+        if self.args.ref == "shapes":
+            judged["Outline"] = outline(images, labels)
+        metrics = {"Real test accuracy": self.accuracy} | self.outlines
+        for figure, right in judged.items():
+            metrics[figure] = right.double().mean().item()
+            metrics |= {f"{figure} of {name}": right[labels == i].double().mean().item()
+                        for i, name in enumerate(self.class_names) if (labels == i).any()}
         statistics = feature_statistics(fake["pool"])
         for against, real in self.features.items():
             distance = frechet_distance(*feature_statistics(real), *statistics)
@@ -691,10 +659,14 @@ class Judged:
 
 def reconstruct(vq, data, device, args, net=None):
     """How well a tokenizer keeps pictures: metrics over a data set, rFID too where `net` gives features."""
-    similarity, pools = [], []
+    similarity, pools, drawn = [], [], []
 
     def also(images, recon):                                     # uint8 (B, 3, H, W) each
         similarity.append(ssim(images.float(), recon.float()))
+        done = sum(len(right) for right, _ in drawn)
+        if args.data == "shapes" and done < OUTLINES:
+            labels = data.labels[done:done + len(images)]
+            drawn.append([outline(pictures, labels) for pictures in (recon, images)])
         if net:
             pools.append([net.features(pictures)["pool"].cpu() for pictures in (images, recon)])
 
@@ -703,6 +675,8 @@ def reconstruct(vq, data, device, args, net=None):
     if net:
         real, fake = (feature_statistics(torch.cat(pool)) for pool in zip(*pools))
         metrics["rFID-classifier" if isinstance(net, Classifier) else "rFID"] = frechet_distance(*real, *fake)
+    for name, right in zip(("Outline", "Outline (real)"), map(torch.cat, zip(*drawn))):
+        metrics[name] = right.double().mean().item()
     return metrics | {"PSNR": psnr, "SSIM": torch.cat(similarity).mean().item(), "Codebook usage": usage,
                       "Codebook perplexity": perplexity, "Codebook entropy": math.log2(perplexity)}
 
@@ -737,7 +711,7 @@ def trained_on(args):
 
 def draw(args, path, *flags):
     """Write samples to the .npz `path` with sample.py and these flags."""
-    flags = ["--gpt", args.gpt, "--vq", args.vq, "--npz", str(path), *flags]
+    flags = ["--gpt", args.gpt, "--vq", args.vq or VQ, "--npz", str(path), *flags]
     flags += ["--device", args.device] if args.device else []
     flags += ["--temperature", str(args.temperature)] if args.temperature is not None else []
     sample.main(sample.get_args(flags))
@@ -761,7 +735,7 @@ def sweep(args, device):
         if not judge:
             continue
         table.append({"cfg_scale": scale} | {name: value for name, value in judge.measure(path).items()
-                                             if not name.startswith("Class accuracy of")})
+                                             if not name.startswith(("Class accuracy of", "Outline "))})
         print(", ".join(f"{name} {value:.4g}" for name, value in table[-1].items()))
     if table:
         with whole_file(target) as name:
@@ -792,9 +766,8 @@ def alignment(args, device):
     if rank_and_world()[0] > 0:
         return
     images = torch.cat(list(ImageSet(path).batches(1000))).split(args.alignment)
-    reader = train_reader(device, images[0].shape[-1])
     for (name, captions), pictures in zip(groups.items(), images):
-        shares = agreement(pictures, captions, reader, device)
+        shares = agreement(pictures, captions)
         print(f"{len(captions)} pictures of {name}: " +
               ", ".join(f"{word} {value:.1%}" for word, value in shares.items()))
 
@@ -855,7 +828,7 @@ def get_args(argv=None):
     add("--sweep", type=finite, nargs="+", metavar="S", help="draw at these guidance scales in turn")
     add("--alignment", type=counting, metavar="M", help="draw M pictures of each kind of caption of shapes")
     add("--gpt", default="out/gpt.pt", help="the GPT that draws; its data set is REF if that is left out")
-    add("--vq", default="out/vq.pt", help="the tokenizer that it was trained with")
+    add("--vq", help=f"the tokenizer that it was trained with; {VQ} if left out")
     add("--num-samples", type=counting, default=1000, help="pictures for each scale")
     add("--temperature", type=not_negative, help="by default 1 for --sweep, sample.py's for --alignment")
     add("--out", default="out/sweep.csv", help="the table; curves and samples go beside it")

@@ -35,10 +35,13 @@ class GPTConfig:
     ffn_dropout: float = 0.1
     class_dropout: float = 0.1           # share of conditions replaced by the null condition, for guidance
     drop_path: float = 0.0           # stochastic depth: the last layer is skipped this often, the first never
+    cond_rope: str = "zero"              # the condition's rows of the RoPE table: zero or identity, see there
 
     def __post_init__(self):
         for wrong, message in (
             (self.model_type not in ("c2i", "t2i"), f"model_type {self.model_type!r}: has to be c2i or t2i"),
+            (self.cond_rope not in ("zero", "identity"),
+             f"cond_rope {self.cond_rope!r}: has to be zero or identity"),
             (self.model_type == "c2i" and self.cls_token_num != 1,
              f"cls_token_num {self.cls_token_num}: a class is one token"),
             (self.block_size < 1 or math.isqrt(self.block_size) ** 2 != self.block_size,
@@ -77,8 +80,10 @@ def rope_table(config, device=None, base=10000.0):
     distance between the two. In 2D the first half of a head's pairs turns with the row, the second half with
     the column:
         angle(row, pair i) = row * base^(-4 i / d),  i = 0 .. d/4 - 1,  and the same for the column.
-    The condition's L rows are zeros, not the identity: their q and k vanish, so that every image token scores
-    every condition token exactly 0. The released weights were trained like this.
+    The condition's L rows are zeros in the released weights, not the identity: their q and k vanish, so that
+    every image token scores every condition token exactly 0 and sees the plain mean of their values. One class
+    token is nothing to choose from; of a caption, cond_rope = "identity" (cos 1, sin 0: not turned) lets every
+    image token look for the words that it needs.
     """
     d = config.dim // config.n_head
     side = math.isqrt(config.block_size)
@@ -88,7 +93,9 @@ def rope_table(config, device=None, base=10000.0):
     columns = angles[None, :].expand(side, side, -1)
     angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)                                       # (N, d/2)
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)                                    # (N, d/2, 2)
-    return torch.cat([table.new_zeros(config.cls_token_num, *table.shape[1:]), table])
+    condition = table.new_zeros(config.cls_token_num, *table.shape[1:])                          # (L, d/2, 2)
+    condition[..., 0] = config.cond_rope == "identity"           # the cosine; the sine stays 0
+    return torch.cat([condition, table])
 
 
 def apply_rope(x, table):
@@ -408,6 +415,6 @@ if __name__ == "__main__":
     print(f"GPT tiny   {sum(p.numel() for p in gpt.parameters()):,} parameters")
     print(f"tokens     {tuple(tokens.shape)}, of which {tokens.shape[1] - 1} are input")
     print(f"condition  {tuple(gpt.cls_embedding(cond).shape)}, classes {cond.tolist()}; 10 is the null class")
-    print(f"RoPE       {tuple(gpt.rope.shape)}, the first {config.cls_token_num} row(s) zero")
+    print(f"RoPE       {tuple(gpt.rope.shape)}, the first {config.cls_token_num} row(s) {config.cond_rope}")
     print(f"logits     {tuple(logits.shape)}")
     print(f"loss       {loss:.4f} nats per token; ln 512 = {math.log(512):.4f}: all are alike at first")

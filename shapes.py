@@ -2,16 +2,19 @@
 
     (seed, split, index) --shape_attributes--> words and places --render--> picture
     words --describe--> caption --parse_caption--> words
+    picture --see_ground, see_shape, fit_outlines--> words: by the drawing rules, nothing is learnt
 
 Ten kinds x eight colours x six backgrounds x two sizes, anywhere in the picture, lit from any side; for text
 also scenes of two. Every picture is drawn when it is asked for, the same on every machine: no download.
 
-Shapes: M pictures of size x size pixels.
+Shapes: M pictures of size x size pixels; for judging, of S x S; K kinds, R radii.
 """
 import functools
 import re
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from runs import InputError
@@ -212,3 +215,168 @@ def parse_caption(caption):
     if match["relation"]:
         return item | {"shapes": [first, second], "relation": match["relation"]}
     return item | first | {"size": match["size0"]}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From pictures back to words, by the rules of `render` read backwards. A network that learnt to tell the kinds
+# forgives whatever still hints at the right one; here a shape has to be what the rules would have drawn.
+
+JUDGED_SIDE = 32                     # larger pictures are averaged to this side: masks and times stay the same
+RADII = np.linspace(0.17, 0.41, 25)  # from below the 0.2 of scenes to above SIZES; steps of 0.3 pixels
+SHIFTS = np.arange(-2, 3) / 3        # of pixels; whole pixels are moves of the window
+REACH = 2                            # whole pixels around the shape's centre of mass in which it is looked for
+TRIED = 8                            # so many of the nearest masks get their soft IoU computed
+BOUND = 0.8                          # of the soft IoU: below it a shape does not count as the kind
+
+
+def see_ground(pixels, rounds=5):
+    """Background colour (M, 3) and light (M, S, S) of pictures, float (M, S, S, 3).
+
+    A background under the light is a plane, c (1 + a x + b y). It is fitted to the rim, which shapes hardly
+    touch, by least squares weighted with 1 / residual, which makes them least absolute deviations: what does
+    touch the rim is out-voted. White is often cut off at 255, where it is no plane: such pixels hardly count.
+    """
+    side = pixels.shape[1]
+    axis = torch.linspace(-1, 1, side)
+    plane = torch.stack([torch.ones(side, side), axis.expand(side, side), axis[:, None].expand(side, side)], 2)
+    inside = slice(max(side // 16, 1), -max(side // 16, 1))
+    rim = torch.ones(side, side, dtype=torch.bool)
+    rim[inside, inside] = False
+    x, y = plane[rim], pixels[:, rim]                            # (n, 3), (M, n, 3)
+    trust = weight = (y.amax(dim=2) < 254) + 1e-3                # (M, n)
+    for _ in range(rounds):
+        weighted = x.T * weight[:, None]                         # (M, 3, n)
+        slopes = torch.linalg.solve(weighted @ x, weighted @ y)  # (M, 3 of the plane, 3 colours)
+        weight = trust / (y - x @ slopes).norm(dim=2).clamp(min=1)
+    ground = slopes[:, 0]
+    # One a and b for all three colours, by least squares again; the light is never stronger than 0.12.
+    a_b = (slopes[:, 1:] @ ground[:, :, None])[..., 0] / ground.square().sum(dim=1, keepdim=True).clamp(min=1)
+    return ground, 1 + (plane[..., 1:] @ a_b.clamp(-0.13, 0.13).T).permute(2, 0, 1)
+
+
+def see_shape(pixels, backdrop, light):
+    """How much of each pixel a shape covers, alpha (M, S, S), and which of COLOURS it has, (M,).
+
+    pixel = backdrop + alpha (colour - backdrop)  =>  alpha = (pixel - backdrop).d / d.d,  d = colour - backdrop
+    for the colour that leaves the least of the picture unexplained.
+    """
+    best = None
+    for i, rgb in enumerate(COLOURS.values()):
+        d = (torch.tensor(rgb) * light[..., None]).clamp(0, 255) - backdrop        # (M, S, S, 3)
+        alpha = ((pixels - backdrop) * d).sum(dim=3) / d.square().sum(dim=3).clamp(min=1)
+        alpha = alpha.clamp(0, 1)                                                  # (M, S, S)
+        rest = (pixels - backdrop - alpha[..., None] * d).square().sum(dim=(1, 2, 3))
+        best = best or (rest, alpha, torch.zeros(len(rest), dtype=torch.long))
+        better = rest < best[0]
+        best = (torch.where(better, rest, best[0]), torch.where(better[:, None, None], alpha, best[1]),
+                torch.where(better, i, best[2]))
+    return best[1:]
+
+
+@functools.cache
+def outline_masks(kind, side):
+    """A kind as it would be drawn with its centre of mass in the middle: (R, shifts, S * S) in 0 .. 1."""
+    large = shape_mask(dict(kind=kind, radius=0.25, x=0.5, y=0.5), 8 * side) * 1.0
+    axis = (np.arange(8 * side) + 0.5) / (2 * side) - 2          # in units of the radius
+    x, y = large.sum(axis=0) @ axis / large.sum(), large.sum(axis=1) @ axis / large.sum()
+    masks = [shape_mask(dict(kind=kind, radius=r, x=0.5 + a / side - r * x, y=0.5 + b / side - r * y), side)
+             for r in RADII for b in SHIFTS for a in SHIFTS]
+    return torch.from_numpy(np.stack(masks)).float().view(len(RADII), -1, side * side) / 255
+
+
+def fit_outlines(alpha):
+    """Soft IoU of alpha (M, S, S) with each kind at its best place and size, (M, K), and that radius, (M, K).
+
+    IoU = sum min(alpha, ideal) / sum max(alpha, ideal). Candidates are the masks that differ least in squares,
+    which are one matmul for all masks. A shape that is worth anything has its centre of mass near the ideal
+    one's: there the search starts, first in whole pixels at all radii, then in thirds of a pixel.
+    """
+    (M, side, _), mass, every = alpha.shape, alpha.sum(dim=(1, 2)), torch.arange(len(alpha))
+    axis, window = torch.arange(side) + 0.5, torch.arange(side + 2 * REACH)
+    y, x = ((alpha.sum(dim=k) @ axis / mass.clamp(min=1)).round().long() for k in (2, 1))
+    # Behind a rim of S/2 + REACH, index 0 of these windows lies S/2 + REACH before the centre of mass.
+    near = F.pad(alpha, (side // 2 + REACH,) * 4)[every[:, None, None], (y[:, None] + window)[:, :, None],
+                                                  (x[:, None] + window)[:, None]]
+    near = near.unfold(1, side, 1).unfold(2, side, 1).reshape(M, -1, side ** 2)    # (M, places, S * S)
+    ious, radii = [], []
+    for kind in KINDS:
+        masks = outline_masks(kind, side)                                          # (R, shifts, S * S)
+        centred, masks = masks[:, masks.shape[1] // 2], masks.flatten(0, 1)
+        nearest = torch.cdist(near.flatten(0, 1), centred).amin(dim=1)             # (M * places,)
+        place = nearest.view(M, -1).argmin(dim=1)
+        there = near[every, place]                                                 # (M, S * S)
+        best = torch.cdist(there, masks).topk(TRIED, largest=False).indices        # (M, tried)
+        both, either = (f(there[:, None], masks[best]).sum(dim=2) for f in (torch.minimum, torch.maximum))
+        outside = mass - there.sum(dim=1)                        # of the window: none of it should be there
+        iou, i = (both / (either + outside[:, None])).max(dim=1)
+        ious.append(iou)
+        radii.append(torch.from_numpy(RADII)[best[every, i] // len(SHIFTS) ** 2])
+    return torch.stack(ious, dim=1), torch.stack(radii, dim=1)
+
+
+def judged(images):
+    """Pictures uint8 (M, H, W, 3) as float (m, S, S, 3), block by block, with background, light and both."""
+    if min(images.shape[1:3]) < 16:
+        raise InputError("shapes need pictures of at least 16 x 16 pixels to be judged")
+    for block in torch.as_tensor(images).split(500):
+        side = min(JUDGED_SIDE, *block.shape[1:3])
+        pixels = F.adaptive_avg_pool2d(block.permute(0, 3, 1, 2).float(), side).permute(0, 2, 3, 1)
+        ground, light = see_ground(pixels)
+        yield pixels, ground, light, (ground[:, None, None] * light[..., None]).clamp(0, 255)
+
+
+def drawn_kinds(images):
+    """The kind that each picture (M, H, W, 3) of one shape shows, (M,), an index into KINDS: that of the
+    highest soft IoU. -1 if this is below BOUND: nobody would call it one. (The highest, too: a circle is a
+    square to 0.8, and a pentagon.)"""
+    kinds = []
+    for pixels, _, light, backdrop in judged(images):
+        iou, kind = fit_outlines(see_shape(pixels, backdrop, light)[0])[0].max(dim=1)
+        kinds.append(torch.where(iou >= BOUND, kind, -1))
+    return torch.cat(kinds)
+
+
+def name_shapes(pixels, backdrop, light):
+    """Kind, colour and size of the only shape of each picture: M dicts. None: the kind of a blob, everything
+    of a shape that is not there. The bound is BOUND for large shapes; smaller ones have less area for the same
+    width of blurred edge, so 1 - IoU may grow with 1 / radius (to 0.37, where the radius is 0.2)."""
+    alpha, colour = see_shape(pixels, backdrop, light)
+    (iou, kind), radius = (found := fit_outlines(alpha))[0].max(dim=1), found[1]
+    radius = radius[torch.arange(len(kind)), kind]
+    is_kind = iou >= 1 - (1 - BOUND) * SIZES["large"] / radius
+    size = (radius[:, None] - torch.tensor(list(SIZES.values()))).abs().argmin(dim=1)
+    names = [dict(kind=list(KINDS)[k] if ok else None, colour=list(COLOURS)[c], size=list(SIZES)[s])
+             for k, ok, c, s in zip(kind, is_kind, colour, size)]
+    there = alpha.sum(dim=(1, 2)) > (pixels.shape[1] / 8) ** 2   # less than 1/64 of the picture is no shape
+    return [name if ok else dict.fromkeys(name) for name, ok in zip(names, there)]
+
+
+def read_pictures(images, two):
+    """What pictures (M, H, W, 3) of one shape, or of two, show: M dicts in the form of parse_caption, the left
+    or the upper shape first. The inverse of `render`, as far as words go."""
+    items = []
+    for pixels, ground, light, backdrop in judged(images):
+        words = torch.tensor(list(BACKGROUNDS.values())).float()
+        grounds = [list(BACKGROUNDS)[i] for i in torch.cdist(ground, words).argmin(dim=1)]
+        if not two:
+            items += [{"background": name, **shape} for name, shape
+                      in zip(grounds, name_shapes(pixels, backdrop, light))]
+            continue
+        # Two shapes never touch. They lie along the axis of the larger variance: there the picture is cut, at
+        # the emptiest row or column near its middle, and each part judged as a picture of one shape.
+        side = pixels.shape[1]
+        axis, middle = torch.arange(side), slice(round(0.42 * side), round(0.58 * side) + 1)
+        drawn = (pixels - backdrop).norm(dim=3)                                    # (M, S, S)
+        lines = torch.stack([drawn.sum(dim=1), drawn.sum(dim=2)])                  # (2, M, S): columns, rows
+        share = lines / lines.sum(dim=2, keepdim=True).clamp(min=1)
+        variance = share @ axis.float() ** 2 - (share @ axis.float()) ** 2         # (2, M)
+        above = variance[1] > variance[0]
+        cut = torch.where(above[:, None], lines[1], lines[0])[:, middle].argmin(dim=1) + middle.start
+        along = torch.where(above[:, None, None], axis[:, None], axis)             # (M, S, S)
+        first = (along < cut[:, None, None])[..., None]
+        parts = [name_shapes(torch.where(part, pixels, backdrop), backdrop, light) for part in (first, ~first)]
+        for name, is_above, *shapes in zip(grounds, above, *parts):
+            whole = all(shape["colour"] for shape in shapes)                       # an empty half has no place
+            relation = ("left of", "above")[is_above] if whole else None
+            items.append({"background": name, "shapes": shapes, "relation": relation})
+    return items

@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -361,6 +362,7 @@ def test_reconstruction_agrees_with_formulas_written_out_and_leaves_out_what_it_
     psnr = (10 * np.log10(255 ** 2 / ((real - recon) ** 2).mean(axis=(1, 2, 3)))).mean()
     share = np.unique(tokens, return_counts=True)[1] / tokens.numel()
     entropy = scipy.stats.entropy(share)                         # nats
+    assert numbers["Outline"] < 0.2 and numbers["Outline (real)"] > 0.95
     assert "rFID" not in numbers and numbers["PSNR"] == pytest.approx(psnr, abs=1e-3)
     assert numbers["Codebook usage"] == pytest.approx(len(share) / 512, abs=1e-4)
     assert numbers["Codebook perplexity"] == pytest.approx(np.exp(entropy), rel=1e-3)
@@ -397,11 +399,11 @@ def test_a_sweep_compares_with_real_pictures_and_with_reconstructions_at_equal_c
     main(get_args(["--sweep", "0", "1.5", "3", "--num-samples", "20", *models(data="shapes")]))
     rows = (tmp_path / "out" / "sweep.csv").read_text().splitlines()
     metrics = ["FID-classifier", "Precision-classifier", "Recall-classifier"]
-    assert rows[0].split(",") == ["cfg_scale", "Real test accuracy", "Class accuracy", *metrics,
+    assert rows[0].split(",") == ["cfg_scale", "Real test accuracy", "Class accuracy", "Outline", *metrics,
                                   *(f"{name} (reconstructions)" for name in metrics)]
     assert [row.split(",")[0] for row in rows[1:]] == ["0.0", "1.5", "3.0"]
     assert counts == [(20, 20)] * 6 and temperatures == [1.0] * 3
-    assert Image.open(tmp_path / "out" / "sweep.png").width == 4 * 300
+    assert Image.open(tmp_path / "out" / "sweep.png").width == 5 * 300
     with np.load(tmp_path / "out" / "sweep" / "cfg_1.5.npz") as file:
         assert file["arr_0"].shape == (20, 32, 32, 3)
 
@@ -451,12 +453,11 @@ def test_alignment_measures_each_group_of_captions_by_its_own_pictures(tmp_path,
         pixels = np.arange(len(words), dtype=np.uint8)[:, None, None, None] + np.zeros((1, 8, 8, 3), np.uint8)
         np.savez(path, arr_0=pixels, prompt=np.array(words))
 
-    def note(images, captions, reader, device):
+    def note(images, captions):
         asked.append((images[:, 0, 0, 0].tolist(), captions))
         return {"Kind": 0.5}
     monkeypatch.setattr(fid, "draw", write)
     monkeypatch.setattr(fid, "agreement", note)
-    monkeypatch.setattr(fid, "train_reader", lambda device, side: None)
     main(get_args(["--alignment", "3", *models(True, data="shapes")]))
     assert [place for place, _ in asked] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     found = [[fid.parse_caption(caption) for caption in captions] for _, captions in asked]
@@ -546,12 +547,13 @@ def test_a_damaged_file_of_the_cache_is_made_again(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("count", [1, 10, 30])
-def test_a_judge_learns_from_however_few_pictures(tmp_path, monkeypatch, capsys, count):
+def test_a_classifier_learns_from_however_few_pictures(tmp_path, monkeypatch, capsys, count):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
     torch.manual_seed(0)
     untrained = fid.Classifier(10)
-    train = lambda: fid.train_judge(lambda: fid.Classifier(10), images, torch.arange(count) % 10, "cpu", 3)
+    few = SimpleNamespace(images=images, labels=torch.arange(count) % 10, class_names=list(data.KINDS))
+    train = lambda: fid.train_classifier(few, "cpu")
     net = train()
     assert not torch.equal(net.head.weight, untrained.head.weight)
     kept, = (tmp_path / "cache" / "classifier").iterdir()
@@ -575,39 +577,50 @@ def test_captions_of_shapes_are_parsed_back_into_what_was_drawn():
             fid.parse_caption(wrong)
 
 
-def test_agreement_counts_what_was_read_and_tells_order_from_presence(monkeypatch):
-    captions = ["a large red star on a navy background", "a small blue ring on a white background",
-                "a red star left of a blue ring on a navy background",
-                "a blue ring right of a red star on a navy background",
-                "a red star above a blue ring on a navy background"]
-    read = list(captions)
-    read[1] = "a large blue ring on a black background"          # size and background wrong
-    read[4] = "a blue ring above a green star on a navy background"      # swapped, one colour wrong
-    reader = fid.AttributeReader(32)
-    answers = [reader.answers(fid.parse_caption(caption)) for caption in read]
-    one_hot = [torch.cat([F.one_hot(torch.tensor(max(answer, 0)), len(words)).float()
-                          for answer, words in zip(row, reader.HEADS.values())]) for row in answers]
-    assert reader.answers(fid.parse_caption(captions[2])) == reader.answers(fid.parse_caption(captions[3]))
-    monkeypatch.setattr(reader, "features", lambda images: {"logits": torch.stack(one_hot)})
-    shares = fid.agreement(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), captions, reader, "cpu")
-    assert shares == pytest.approx({"Kind": 1, "Colour": 7 / 8, "Background": 4 / 5, "Size": 1 / 2,
-                                    "Order": 2 / 3, "Everything": 3 / 5})
+def test_a_wrong_word_of_a_caption_lowers_its_own_figure_and_no_other():
+    def shares(caption, *items):
+        images = torch.from_numpy(shapes.render(items, 32)).permute(0, 3, 1, 2)
+        return fid.agreement(images, [item["caption"] for item in items[:-1]] + [caption])
+    one = shapes.shape_attributes("test", 0)
+    two = next(item for item in (shapes.scene_attributes("test", i) for i in range(99))
+               if item["relation"] == "left of" and len({s["kind"] for s in item["shapes"]}) == 2)
+    figures = {"Kind": 1, "Colour": 1, "Background": 1, "Size": 1, "Order": 1, "Everything": 1}
+    other = lambda words, word: next(name for name in words if name != word)
+    kinds, colours = ([s[word] for s in two["shapes"]] for word in ("kind", "colour"))
+    third = next(kind for kind in shapes.KINDS if kind not in kinds)
+    colour = next(colour for colour in shapes.COLOURS if colour not in colours)
+    assert shares(two["caption"], one, two) == figures
+    for figure, share, old, new in [
+            ("Kind", 2 / 3, " " + kinds[1] + " on", " " + third + " on"),
+            ("Colour", 2 / 3, colours[0] + " " + kinds[0], colour + " " + kinds[0]),
+            ("Background", 1 / 2, two["background"], other(shapes.BACKGROUNDS, two["background"])),
+            ("Order", 0, "left of", "right of"), ("Order", 0, "left of", "above")]:
+        wrong = two["caption"].replace(old, new)
+        assert wrong != two["caption"]
+        assert shares(wrong, one, two) == pytest.approx(figures | {figure: share, "Everything": 1 / 2}), figure
+    wrong = one["caption"].replace(one["size"], other(shapes.SIZES, one["size"]))
+    assert shares(wrong, two, one) == pytest.approx(figures | {"Size": 0, "Everything": 1 / 2})
 
 
-def test_the_reader_learns_from_its_answers():
-    images, items = data.captioned_shapes("train", 48)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    targets = torch.tensor([fid.AttributeReader.answers(item) for item in items])
-    reader = fid.AttributeReader(32).train()
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(25):
-        loss = reader.loss(reader(data.to_float(images))[1], targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]
+def test_pictures_without_shapes_agree_with_no_caption():
+    captions = ["a large red star on a black background", "a red star above a blue ring on a black background"]
+    for value in (0, 18):
+        shares = fid.agreement(torch.full((2, 3, 32, 32), value, dtype=torch.uint8), captions)
+        assert shares == {"Kind": 0, "Colour": 0, "Background": 1, "Size": 0, "Order": 0, "Everything": 0}
+
+
+def test_outlines_of_samples_real_pictures_and_reconstructions_are_printed_side_by_side(
+        tmp_path, capsys, models):
+    images, labels, _ = data.load_array("shapes", "test", 60)
+    labels[:30] = (labels[:30] + 5) % 10
+    np.savez(tmp_path / "half.npz", arr_0=images, label=labels)
+    *_, vq = flags = models(data="shapes")[2:6]
+    main(get_args(["shapes", str(tmp_path / "half.npz"), "--limit", "200", *flags]))
+    found = lines_of(capsys.readouterr().out)
+    assert found["Outline"] == 0.5 and found["Outline (real)"] > 0.95
+    assert found["Outline (reconstructions)"] < 0.2              # of a tokenizer that has not been trained
+    assert found["Outline of star"] == pytest.approx(np.mean([i >= 30 for i in np.flatnonzero(labels == 5)]),
+                                                     abs=1e-4)
 
 
 def test_an_empty_file_among_pictures_is_one_clear_line_with_the_cache_too(tmp_path, inception):
@@ -801,8 +814,6 @@ def test_curves_are_drawn_for_one_scale_and_for_equal_ones(models, tmp_path, sca
 def test_samples_that_a_judge_cannot_read_are_one_line(tmp_path, models, monkeypatch, shape, stored, message):
     models()
     np.savez(tmp_path / "x.npz", arr_0=np.zeros(shape, np.uint8), **stored)
-    if message == "not a caption":
-        monkeypatch.setattr(fid, "train_reader", lambda *args: None)
     with pytest.raises(InputError, match=message):
         main(get_args(["shapes", str(tmp_path / "x.npz"), "--limit", "20", "--device", "cpu"]))
 
