@@ -336,7 +336,7 @@ def agreement(images, captions):
     hits = {name: [] for name in ("Kind", "Colour", "Background", "Size", "Order", "Everything")}
     for two in (False, True):
         chosen = [i for i, item in enumerate(items) if ("shapes" in item) == two]
-        for i, found in zip(chosen, read_pictures(images[chosen].permute(0, 2, 3, 1), two)):
+        for i, found in zip(chosen, read_pictures(images[chosen].permute(0, 2, 3, 1), two) if chosen else ()):
             asked, there = in_reading_order(items[i]), in_reading_order(found)
             # Of two shapes each counts as itself wherever it stands: take the order that fits better.
             same, swapped = ([a[word] == b[word] for a, b in zip(order, there) for word in ("kind", "colour")]

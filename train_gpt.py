@@ -14,6 +14,7 @@ import copy
 import math
 import sys
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,7 @@ def prepare_model(args, own, names, vq, base, device):
     own: what the data decide of its configuration; names: of their classes."""
     first = load_gpt(args.init, checkpoint=base) if args.init else None
     config = first.config if first else GPTConfig(**GPT_SIZES[args.size])
+    own = own | {"cond_rope": config.cond_rope} if first else own
     config = replace(config, **own, token_dropout=args.dropout, resid_dropout=args.dropout,
                      ffn_dropout=args.dropout, class_dropout=args.class_dropout, drop_path=args.drop_path)
     gpt = GPT(config)
@@ -206,14 +208,15 @@ def prepare_model(args, own, names, vq, base, device):
     return gpt.to(device)
 
 
-def parameter_groups(nets, weight_decay, text_lr=1.0):
-    """Groups for AdamW. Weight decay pulls on matrices and embeddings (2 and more dimensions), whose length
-    may grow without need, not on the gains of norms, which belong near 1. "rate" is the group's learning rate
-    as a share of the run's: text_lr for what a caption passes through before the transformer. At rates for
-    minutes, what all captions have in common would outgrow there what tells them apart."""
+def parameter_groups(named, weight_decay, text_lr=1.0):
+    """Groups for AdamW, of (name, weight) pairs. Weight decay pulls on matrices and embeddings (2 and more
+    dimensions), whose length may grow without need, not on the gains of norms, which belong near 1. "rate" is
+    the group's learning rate as a share of the run's: text_lr for what a caption passes through before the
+    transformer. At rates for minutes, what all captions have in common would outgrow there what tells them
+    apart."""
     groups = []
     for of_text, rate in ((False, 1.0), (True, text_lr)):
-        chosen = [weight for name, weight in nets.named_parameters()
+        chosen = [weight for name, weight in named
                   if (name.startswith("text.") or ".cap_proj." in name) == of_text]
         matrices, gains = ([w for w in chosen if (w.dim() >= 2) == matrix] for matrix in (True, False))
         groups.append({"params": matrices, "weight_decay": weight_decay, "rate": rate})
@@ -221,9 +224,28 @@ def parameter_groups(nets, weight_decay, text_lr=1.0):
     return [group for group in groups if group["params"]]
 
 
+def prepare_optimizers(nets, args):
+    """Muon for the matrices of the GPT's layers and AdamW for the rest, or AdamW for all, as in the paper.
+
+    Muon (Jordan 2024): Adam scales every weight by itself, and the step of a whole matrix lies in the few
+    directions that its gradients share. Muon makes all directions equally long: of the momentum M = U S V^T it
+    steps along U V^T, which a few Newton-Schulz iterations, matrix products only, come near enough.
+    match_rms_adamw scales that to the length of AdamW's step; three times as much was best here.
+    """
+    named, muon = list(nets.named_parameters()), []
+    if args.optimizer == "muon":
+        layers = [(name, weight) for name, weight in named if ".layers." in name and weight.dim() == 2]
+        named = [(name, weight) for name, weight in named if name not in dict(layers)]
+        muon = [torch.optim.Muon([{"params": [weight for _, weight in layers], "rate": 3.0}], lr=args.lr,
+                                 weight_decay=args.weight_decay, ns_steps=3, adjust_lr_fn="match_rms_adamw")]
+    # beta2 is 0.95 for the reason that train_vq.adam gives; decay and rates differ by group
+    return muon + [torch.optim.AdamW(parameter_groups(named, args.weight_decay, args.text_lr), lr=args.lr,
+                                     betas=(0.9, 0.95), fused=True)]
+
+
 def get_args(argv=None):
     parser = flag_parser(__file__, __doc__)
-    add_training_flags(parser, out="out/gpt.pt", minutes=6.25)
+    add_training_flags(parser, out="out/gpt.pt", minutes=4.0)
     parser.add_argument("--vq", default="out/vq.pt", help="the tokenizer: train_vq.py's or a released one")
     parser.add_argument("--codes", help="a folder that data.py extract filled, instead of --data")
     parser.add_argument("--ten-crop", type=positive, nargs="+", default=[], metavar="RANGE",
@@ -236,6 +258,8 @@ def get_args(argv=None):
     add("--live-features", action="store_true", help="run FLAN-T5 in every step, not once into a file")
     add("--text-lr", type=share, default=0.1,
         help="rate for what reads captions, a share of --lr; 1 in the paper")
+    add("--cond-rope", default="identity", choices=("zero", "identity"),
+        help="the captions' rows of the RoPE table; zero in the paper; with --init as they were there")
     add = parser.add_argument_group("model").add_argument
     add("--init", help="start from the weights of this GPT, of any image size: the paper's second stage")
     add("--paper-init", action="store_true", help="start with a std of 0.02, without quick_start")
@@ -245,9 +269,10 @@ def get_args(argv=None):
     add("--class-dropout", type=share, default=0.1, help="share of conditions replaced by the null one")
     add("--drop-path", type=share, default=0.0, help="stochastic depth; with it --dropout 0 is usual")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=counting, default=16, help="pictures per step; 256 in the paper")
+    add("--optimizer", default="muon", choices=("muon", "adamw"), help="of the layers' matrices; adamw: paper")
+    add("--batch-size", type=counting, default=64, help="pictures per step; 256 in the paper")
     add("--grad-accum", type=counting, default=1, help="batches whose gradients make one step")
-    add("--lr", type=positive, default=1.5e-3, help="peak learning rate; 1e-4 in the paper")
+    add("--lr", type=positive, default=3e-3, help="peak learning rate; 1e-4 in the paper")
     add("--warmup", type=natural, default=100, help="steps of linear warm-up; 0 in the paper")
     add("--weight-decay", type=not_negative, default=0.05, help="of tensors with 2 dimensions and more")
     add("--cfg-scale", type=finite, help="guidance of the previews; sample.py's if left out")
@@ -281,21 +306,23 @@ def main(args):
     else:
         saved = (state or base).get("text_encoder")
         train, test, text = prepare_captions(args, folders, base, saved, device)
-        own |= dict(model_type="t2i", cls_token_num=train.ids.shape[1], caption_dim=train.width)
+        own |= dict(model_type="t2i", cls_token_num=train.ids.shape[1], caption_dim=train.width,
+                    cond_rope=args.cond_rope)
     gpt = prepare_model(args, own, names, vq, base, device)
-    if state and state["config"] != asdict(gpt.config):
+    if state and {"cond_rope": "zero", **state["config"]} != asdict(gpt.config):
         raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
     learns = text is not None and args.text_encoder == "tiny"    # the text encoder, together with the GPT
     nets = nn.ModuleDict({"gpt": gpt, "text": text} if learns else {"gpt": gpt})
     best = copy.deepcopy(nets).requires_grad_(False) if args.ema else nets       # what is saved, and draws
-    # beta2 is 0.95 for the reason that train_vq.adam gives; decay and rates differ by group
-    optimizer = torch.optim.AdamW(parameter_groups(nets, args.weight_decay, args.text_lr), lr=args.lr,
-                                  betas=(0.9, 0.95), fused=True)
+    optimizers = prepare_optimizers(nets, args)
+    if state and isinstance(state["optimizer"], dict):
+        raise InputError(f"{args.out} was written by an older version, with another optimizer: start anew")
     # 3. Go on where the checkpoint was. pop: it is several times as large as the model, so it is not kept
     if state:
         best["gpt"].load_state_dict(state.pop("model"))
         nets.load_state_dict(state.pop("raw"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+        for optimizer, saved in zip(optimizers, state.pop("optimizer")):
+            optimizer.load_state_dict(saved)
     batch_size = min(args.batch_size, len(kept))
     tokens_per_step = batch_size * args.grad_accum * N
     print(f"GPT {args.init or args.size}: {sum(p.numel() for p in nets.parameters()):,} parameters on "
@@ -307,7 +334,7 @@ def main(args):
     def save():
         more = {"data": identity} | ({"text_encoder": saved_text_encoder(best["text"])} if learns else {})
         progress.save(model=best["gpt"].state_dict(), raw=nets.state_dict(), config=asdict(gpt.config),
-                      optimizer=optimizer.state_dict(), class_names=names, vq_hash=vq_hash, **more)
+                      optimizer=[o.state_dict() for o in optimizers], class_names=names, vq_hash=vq_hash, **more)
 
     def look(count):
         """Write the sample grid; returns the loss over `count` held-out pictures."""
@@ -325,7 +352,7 @@ def main(args):
         batches = code_batches(codes, kept, train, batch_size, args.seed, seen, device)
         while progress.running():
             lr = learning_rate(args.lr, progress.step, progress.fraction(), args.warmup, args.lr_final)
-            for group in optimizer.param_groups:
+            for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
                 group["lr"] = lr * group["rate"]
             mean_loss = torch.zeros((), device=device)
             for _ in range(args.grad_accum):
@@ -339,8 +366,9 @@ def main(args):
                 (loss / args.grad_accum).backward()
                 mean_loss += loss.detach() / args.grad_accum
             norm = nn.utils.clip_grad_norm_(nets.parameters(), args.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             if args.ema:
                 update_ema(best, nets, args.ema, progress.step)
             progress.count({"loss": mean_loss, "grad_norm": norm})
