@@ -1,7 +1,7 @@
 """The numbers of the paper: FID, sFID, Inception Score, precision, recall; rFID, PSNR, SSIM of a tokenizer.
 
     python fid.py REF SAMPLES              each a folder, an .npz with arr_0, or an .npz with mu and sigma
-    python fid.py shapes out/samples.npz   without Inception weights: a small CNN trained on the real pictures,
+    python fid.py shapes out/samples.npz   without Inception weights: a small CNN trained on real pictures,
                                            and the rules by which shapes are drawn
     python fid.py --recon out/vq.pt --data shapes
     python fid.py --sweep 1 1.5 2 3 5      draw and measure at several guidance scales
@@ -323,20 +323,26 @@ class Classifier(nn.Module):
 
 
 def outline(images, labels):
-    """Whether each picture uint8 (M, 3, H, W) has the outline of its kind (M,): soft IoU >= 0.8 with the ideal
-    one at its best place and size, and with no other kind a higher one. Bool (M,)."""
+    """Whether each picture uint8 (M, 3, H, W) has the outline of its kind (M,): soft IoU >= 0.8 with the
+    ideal one at its best place and size, and with no other kind a higher one. Bool (M,)."""
     return drawn_kinds(images.permute(0, 2, 3, 1).cpu()) == labels
 
 
 def agreement(images, captions):
-    """Shares of pictures uint8 (M, 3, H, W) that agree with their captions, read by the drawing rules: kind and
-    colour over all shapes, background, size over pictures of one shape, order: that the first-named of two is
-    where it should be, and everything at once."""
+    """Shares of pictures uint8 (M, 3, H, W) that agree with their captions, read by the drawing rules.
+
+    Kind, Colour   of all shapes, each counted by itself
+    Background     of all pictures
+    Size           of pictures of one shape: large or small
+    Order          of pictures of two: the first-named is where it should be
+    Everything     of all pictures: no word of the caption is wrong
+    """
     items = [parse_caption(caption) for caption in captions]
     hits = {name: [] for name in ("Kind", "Colour", "Background", "Size", "Order", "Everything")}
     for two in (False, True):
         chosen = [i for i, item in enumerate(items) if ("shapes" in item) == two]
-        for i, found in zip(chosen, read_pictures(images[chosen].permute(0, 2, 3, 1), two) if chosen else ()):
+        read = read_pictures(images[chosen].permute(0, 2, 3, 1), two) if chosen else []
+        for i, found in zip(chosen, read):
             asked, there = in_reading_order(items[i]), in_reading_order(found)
             # Of two shapes each counts as itself wherever it stands: take the order that fits better.
             same, swapped = ([a[word] == b[word] for a, b in zip(order, there) for word in ("kind", "colour")]
@@ -346,7 +352,7 @@ def agreement(images, captions):
             if two:
                 right["Order"] = (sum(same) > sum(swapped) and found["relation"] is not None
                                   and (items[i]["relation"] in beside) == (found["relation"] in beside))
-            elif items[i]["size"]:                               # what a caption does not name cannot be wrong
+            elif items[i]["size"]:                       # what a caption does not name cannot be wrong
                 right["Size"] = items[i]["size"] == found["size"]
             hits["Kind"] += best[::2]
             hits["Colour"] += best[1::2]
@@ -357,10 +363,10 @@ def agreement(images, captions):
 
 
 def train_classifier(data, device, epochs=3, batch_size=64, lr=3e-3, seed=0):
-    """A Classifier in eval mode, trained on all pictures of `data`. It is kept in the cache, under a name made
-    of all it depends on, for the next time. Three epochs are about a minute; it then knows nearly all real
-    pictures of `shapes`."""
-    if data.images.shape[-1] < 16:                                   # each of its four levels halves a picture
+    """A Classifier in eval mode, trained on all pictures of `data`. It is kept in the cache, under a name
+    made of all it depends on, for the next time. Three epochs are about a minute; it then knows nearly all
+    real pictures of `shapes`."""
+    if data.images.shape[-1] < 16:                               # each of its four levels halves a picture
         raise InputError("the classifiers need pictures of at least 16 x 16 pixels")
     torch.manual_seed(seed)
     net, images, targets = Classifier(len(data.class_names)).to(device), data.images, data.labels
@@ -615,7 +621,9 @@ class Judged:
         return self.compare(images, torch.from_numpy(samples.stored["label"]))
 
     def learn(self, side):
-        """Train the classifier; pass the real test pictures, and their reconstructions, through it."""
+        """Train the classifier; pass the real test pictures, and their reconstructions, through it. Of the
+        shapes also their outlines are judged: those of real pictures say what the judge asks for, those of
+        reconstructions what the tokenizer leaves of it. Samples can be no better than these."""
         args, count = self.args, self.args.num_samples if self.args.sweep else self.args.limit
         train = ArrayData(args.ref, "train", side, args.limit, args.data_dir)
         test = ArrayData(args.ref, "test", side, count, args.data_dir)

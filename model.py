@@ -81,9 +81,9 @@ def rope_table(config, device=None, base=10000.0):
     the column:
         angle(row, pair i) = row * base^(-4 i / d),  i = 0 .. d/4 - 1,  and the same for the column.
     The condition's L rows are zeros in the released weights, not the identity: their q and k vanish, so that
-    every image token scores every condition token exactly 0 and sees the plain mean of their values. One class
-    token is nothing to choose from; of a caption, cond_rope = "identity" (cos 1, sin 0: not turned) lets every
-    image token look for the words that it needs.
+    every image token scores every condition token exactly 0 and sees the plain mean of their values. Of one
+    class token that is all there is; of a caption, cond_rope = "identity" (cos 1, sin 0: not turned) lets
+    every image token look for the words that it needs.
     """
     d = config.dim // config.n_head
     side = math.isqrt(config.block_size)

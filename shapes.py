@@ -218,13 +218,13 @@ def parse_caption(caption):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# From pictures back to words, by the rules of `render` read backwards. A network that learnt to tell the kinds
+# From pictures back to words, by the rules of `render` read backwards. A network that learnt to tell kinds
 # forgives whatever still hints at the right one; here a shape has to be what the rules would have drawn.
 
-JUDGED_SIDE = 32                     # larger pictures are averaged to this side: masks and times stay the same
+JUDGED_SIDE = 32                     # larger pictures are averaged to this side: masks and times stay
 RADII = np.linspace(0.17, 0.41, 25)  # from below the 0.2 of scenes to above SIZES; steps of 0.3 pixels
 SHIFTS = np.arange(-2, 3) / 3        # of pixels; whole pixels are moves of the window
-REACH = 2                            # whole pixels around the shape's centre of mass in which it is looked for
+REACH = 2                            # a shape is looked for so many pixels around its centre of mass
 TRIED = 8                            # so many of the nearest masks get their soft IoU computed
 BOUND = 0.8                          # of the soft IoU: below it a shape does not count as the kind
 
@@ -238,7 +238,8 @@ def see_ground(pixels, rounds=5):
     """
     side = pixels.shape[1]
     axis = torch.linspace(-1, 1, side)
-    plane = torch.stack([torch.ones(side, side), axis.expand(side, side), axis[:, None].expand(side, side)], 2)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    plane = torch.stack([torch.ones(side, side), x, y], dim=2)   # (S, S, 3)
     inside = slice(max(side // 16, 1), -max(side // 16, 1))
     rim = torch.ones(side, side, dtype=torch.bool)
     rim[inside, inside] = False
@@ -257,7 +258,7 @@ def see_ground(pixels, rounds=5):
 def see_shape(pixels, backdrop, light):
     """How much of each pixel a shape covers, alpha (M, S, S), and which of COLOURS it has, (M,).
 
-    pixel = backdrop + alpha (colour - backdrop)  =>  alpha = (pixel - backdrop).d / d.d,  d = colour - backdrop
+    pixel = backdrop + alpha d  =>  alpha = (pixel - backdrop).d / d.d,  d = colour - backdrop
     for the colour that leaves the least of the picture unexplained.
     """
     best = None
@@ -287,9 +288,9 @@ def outline_masks(kind, side):
 def fit_outlines(alpha):
     """Soft IoU of alpha (M, S, S) with each kind at its best place and size, (M, K), and that radius, (M, K).
 
-    IoU = sum min(alpha, ideal) / sum max(alpha, ideal). Candidates are the masks that differ least in squares,
-    which are one matmul for all masks. A shape that is worth anything has its centre of mass near the ideal
-    one's: there the search starts, first in whole pixels at all radii, then in thirds of a pixel.
+    IoU = sum min(alpha, ideal) / sum max(alpha, ideal). Candidates are the masks that differ least in
+    squares, which are one matmul for all masks. A shape that is worth anything has its centre of mass near
+    the ideal one's: there the search starts, in whole pixels at all radii, then in thirds of a pixel.
     """
     (M, side, _), mass, every = alpha.shape, alpha.sum(dim=(1, 2)), torch.arange(len(alpha))
     axis, window = torch.arange(side) + 0.5, torch.arange(side + 2 * REACH)
@@ -338,8 +339,8 @@ def drawn_kinds(images):
 
 def name_shapes(pixels, backdrop, light):
     """Kind, colour and size of the only shape of each picture: M dicts. None: the kind of a blob, everything
-    of a shape that is not there. The bound is BOUND for large shapes; smaller ones have less area for the same
-    width of blurred edge, so 1 - IoU may grow with 1 / radius (to 0.37, where the radius is 0.2)."""
+    of a shape that is not there. The bound is BOUND for large shapes; smaller ones have less area for the
+    same width of blurred edge, so 1 - IoU may grow with 1 / radius (to 0.37, where the radius is 0.2)."""
     alpha, colour = see_shape(pixels, backdrop, light)
     (iou, kind), radius = (found := fit_outlines(alpha))[0].max(dim=1), found[1]
     radius = radius[torch.arange(len(kind)), kind]
@@ -352,8 +353,8 @@ def name_shapes(pixels, backdrop, light):
 
 
 def read_pictures(images, two):
-    """What pictures (M, H, W, 3) of one shape, or of two, show: M dicts in the form of parse_caption, the left
-    or the upper shape first. The inverse of `render`, as far as words go."""
+    """What pictures (M, H, W, 3) of one shape, or of two, show: M dicts in the form of parse_caption, the
+    left or the upper shape first. The inverse of `render`, as far as words go."""
     items = []
     for pixels, ground, light, backdrop in judged(images):
         words = torch.tensor(list(BACKGROUNDS.values())).float()
@@ -374,9 +375,10 @@ def read_pictures(images, two):
         cut = torch.where(above[:, None], lines[1], lines[0])[:, middle].argmin(dim=1) + middle.start
         along = torch.where(above[:, None, None], axis[:, None], axis)             # (M, S, S)
         first = (along < cut[:, None, None])[..., None]
-        parts = [name_shapes(torch.where(part, pixels, backdrop), backdrop, light) for part in (first, ~first)]
+        parts = [name_shapes(torch.where(part, pixels, backdrop), backdrop, light)
+                 for part in (first, ~first)]
         for name, is_above, *shapes in zip(grounds, above, *parts):
-            whole = all(shape["colour"] for shape in shapes)                       # an empty half has no place
+            whole = all(shape["colour"] for shape in shapes)     # an empty half has no place
             relation = ("left of", "above")[is_above] if whole else None
             items.append({"background": name, "shapes": shapes, "relation": relation})
     return items

@@ -62,12 +62,13 @@ def prepare_codes(args, vq, vq_hash, device):
     return folders
 
 
-def usable(labels, K):
-    """Which pictures to ask for: not those with the label -1, which could not be read, nor any whose class is
+def usable(labels, K, cond):
+    """Which pictures to ask for: not those with the label -1, which could not be read, nor, of classes, any
     beyond the K of the training pictures, where the null class has its row."""
-    if (strange := int((labels >= K).sum())):
-        print(f"warning: left out {strange} pictures of classes that are not trained", file=sys.stderr)
-    return np.flatnonzero((labels >= 0) & (labels < K))
+    strange = (labels >= K) & (cond == "class")
+    if strange.any():
+        print(f"warning: left out {strange.sum()} pictures of classes that are not trained", file=sys.stderr)
+    return np.flatnonzero((labels >= 0) & ~strange)
 
 
 def prepare_captions(args, folders, base, saved, device):
@@ -227,10 +228,10 @@ def parameter_groups(named, weight_decay, text_lr=1.0):
 def prepare_optimizers(nets, args):
     """Muon for the matrices of the GPT's layers and AdamW for the rest, or AdamW for all, as in the paper.
 
-    Muon (Jordan 2024): Adam scales every weight by itself, and the step of a whole matrix lies in the few
-    directions that its gradients share. Muon makes all directions equally long: of the momentum M = U S V^T it
-    steps along U V^T, which a few Newton-Schulz iterations, matrix products only, come near enough.
-    match_rms_adamw scales that to the length of AdamW's step; three times as much was best here.
+    Muon (Jordan 2024): Adam scales every weight by itself, and then the step of a whole matrix lies in the
+    few directions that its gradients share. Muon makes all directions equally long: of the momentum
+    M = U S V^T it steps along U V^T, to which a few Newton-Schulz iterations, matrix products only, come near
+    enough. match_rms_adamw scales that to the length of AdamW's step; three times as much was best here.
     """
     named, muon = list(nets.named_parameters()), []
     if args.optimizer == "muon":
@@ -269,7 +270,7 @@ def get_args(argv=None):
     add("--class-dropout", type=share, default=0.1, help="share of conditions replaced by the null one")
     add("--drop-path", type=share, default=0.0, help="stochastic depth; with it --dropout 0 is usual")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--optimizer", default="muon", choices=("muon", "adamw"), help="of the layers' matrices; adamw: paper")
+    add("--optimizer", default="muon", choices=("muon", "adamw"), help="for the layers; adamw: paper")
     add("--batch-size", type=counting, default=64, help="pictures per step; 256 in the paper")
     add("--grad-accum", type=counting, default=1, help="batches whose gradients make one step")
     add("--lr", type=positive, default=3e-3, help="peak learning rate; 1e-4 in the paper")
@@ -295,8 +296,7 @@ def main(args):
     folders = prepare_codes(args, vq, vq_hash, device)
     (codes, labels, about), (test_codes, test_labels, _) = (read_codes(folder) for folder in folders)
     names, N, V = about["class_names"], codes.shape[2], vq.config.codebook_size
-    K = len(names) if args.cond == "class" else math.inf
-    kept, test_kept = usable(labels, K), usable(test_labels, K)
+    kept, test_kept = (usable(part, len(names), args.cond) for part in (labels, test_labels))
     identity = check_same_data(args, state, {"class_names": names, "pictures": len(codes),
                                              "readable": len(kept), **about.get("identity", {})})
     # 2. What stands in front of the tokens, and the GPT that reads it
@@ -304,37 +304,35 @@ def main(args):
     if args.cond == "class":
         train, test, text = Classes(names, labels), Classes(names, test_labels), None
     else:
-        saved = (state or base).get("text_encoder")
-        train, test, text = prepare_captions(args, folders, base, saved, device)
+        train, test, text = prepare_captions(args, folders, base, (state or base).get("text_encoder"), device)
         own |= dict(model_type="t2i", cls_token_num=train.ids.shape[1], caption_dim=train.width,
                     cond_rope=args.cond_rope)
     gpt = prepare_model(args, own, names, vq, base, device)
-    if state and {"cond_rope": "zero", **state["config"]} != asdict(gpt.config):
-        raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
     learns = text is not None and args.text_encoder == "tiny"    # the text encoder, together with the GPT
     nets = nn.ModuleDict({"gpt": gpt, "text": text} if learns else {"gpt": gpt})
     best = copy.deepcopy(nets).requires_grad_(False) if args.ema else nets       # what is saved, and draws
     optimizers = prepare_optimizers(nets, args)
-    if state and isinstance(state["optimizer"], dict):
-        raise InputError(f"{args.out} was written by an older version, with another optimizer: start anew")
+    if state and (state["config"] != asdict(gpt.config) or isinstance(state["optimizer"], dict)):
+        raise InputError(f"{args.out} was trained with other settings or by an older version: resume with "
+                         "that run's flags, or start anew")
     # 3. Go on where the checkpoint was. pop: it is several times as large as the model, so it is not kept
     if state:
         best["gpt"].load_state_dict(state.pop("model"))
         nets.load_state_dict(state.pop("raw"))
-        for optimizer, saved in zip(optimizers, state.pop("optimizer")):
-            optimizer.load_state_dict(saved)
+        for optimizer, before in zip(optimizers, state.pop("optimizer")):
+            optimizer.load_state_dict(before)
     batch_size = min(args.batch_size, len(kept))
     tokens_per_step = batch_size * args.grad_accum * N
-    print(f"GPT {args.init or args.size}: {sum(p.numel() for p in nets.parameters()):,} parameters on "
-          f"{device}, products in {fast_dtype(device)}; {len(kept):,} pictures of {N} tokens, "
-          f"{len(train.names):,} different conditions; {tokens_per_step:,} tokens per step")
+    print(f"GPT {args.init or args.size}: {sum(p.numel() for p in nets.parameters()):,} parameters on {device}, "
+          f"products in {fast_dtype(device)}; {len(kept):,} pictures, {tokens_per_step:,} tokens per step")
     forward = torch.compile(gpt) if args.compile else gpt
     preview = Path(args.out).with_suffix(".png")
 
     def save():
-        more = {"data": identity} | ({"text_encoder": saved_text_encoder(best["text"])} if learns else {})
+        more = {"text_encoder": saved_text_encoder(best["text"])} if learns else {}
         progress.save(model=best["gpt"].state_dict(), raw=nets.state_dict(), config=asdict(gpt.config),
-                      optimizer=[o.state_dict() for o in optimizers], class_names=names, vq_hash=vq_hash, **more)
+                      optimizer=[optimizer.state_dict() for optimizer in optimizers], class_names=names,
+                      vq_hash=vq_hash, data=identity, **more)
 
     def look(count):
         """Write the sample grid; returns the loss over `count` held-out pictures."""

@@ -177,8 +177,7 @@ def test_a_gpt_that_cannot_be_the_start_is_told_before_any_picture_is_tokenized(
 def test_held_out_classes_that_were_never_trained_are_left_out_and_told(capsys, cond):
     # As .cls files in archives may have them: a class beyond the table, and that of the null class's row.
     labels = np.array([0, 1, 2, 3, 7, -1, 1, 0])
-    bound = 3 if cond == "class" else np.inf
-    kept = train_gpt.usable(labels, bound)
+    kept = train_gpt.usable(labels, 3, cond)
     told = capsys.readouterr().err
     if cond == "class":
         assert kept.tolist() == [0, 1, 2, 6, 7] and "left out 2 pictures" in told

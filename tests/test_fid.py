@@ -597,13 +597,15 @@ def test_a_wrong_word_of_a_caption_lowers_its_own_figure_and_no_other():
             ("Order", 0, "left of", "right of"), ("Order", 0, "left of", "above")]:
         wrong = two["caption"].replace(old, new)
         assert wrong != two["caption"]
-        assert shares(wrong, one, two) == pytest.approx(figures | {figure: share, "Everything": 1 / 2}), figure
+        expected = figures | {figure: share, "Everything": 1 / 2}
+        assert shares(wrong, one, two) == pytest.approx(expected), figure
     wrong = one["caption"].replace(one["size"], other(shapes.SIZES, one["size"]))
     assert shares(wrong, two, one) == pytest.approx(figures | {"Size": 0, "Everything": 1 / 2})
 
 
 def test_pictures_without_shapes_agree_with_no_caption():
-    captions = ["a large red star on a black background", "a red star above a blue ring on a black background"]
+    captions = ["a large red star on a black background",
+                "a red star above a blue ring on a black background"]
     for value in (0, 18):
         shares = fid.agreement(torch.full((2, 3, 32, 32), value, dtype=torch.uint8), captions)
         assert shares == {"Kind": 0, "Colour": 0, "Background": 1, "Size": 0, "Order": 0, "Everything": 0}

@@ -39,7 +39,8 @@ def test_shifts_by_whole_pixels_change_nothing():
     for kind in KINDS:
         found = [shapes.fit_outlines(shapes.see_shape(pixels, backdrop, light)[0])[0]
                  for x, y in ((0.5, 0.5), (0.40625, 0.46875), (0.5625, 0.59375))
-                 for pixels, _, light, backdrop in shapes.judged(one(kind, radius=0.3, x=x, y=y, light_strength=0))]
+                 for pixels, _, light, backdrop in shapes.judged(
+                     one(kind, radius=0.3, x=x, y=y, light_strength=0))]
         assert torch.allclose(found[0], found[1], atol=1e-3) and torch.allclose(found[0], found[2], atol=1e-3)
         assert found[0].argmax() == list(KINDS).index(kind) and found[0].max() > 0.9
 
@@ -48,7 +49,8 @@ def test_blurred_pictures_fail():
     images, items = draw_shapes("test", 0, 200)
     passed = right(blurred(images), labels_of(items))
     assert passed.double().mean() < 0.3
-    pointed = [list(KINDS).index(kind) for kind in ("star", "triangle", "diamond", "ring", "cross", "crescent")]
+    pointed = [list(KINDS).index(kind) for kind in ("star", "triangle", "diamond", "ring", "cross",
+                                                    "crescent")]
     assert not passed[torch.isin(labels_of(items), torch.tensor(pointed))].any()
 
 
@@ -79,7 +81,8 @@ def test_blobs_shapes_with_holes_filled_holes_and_second_shapes_fail():
 def test_an_empty_picture_shows_no_kind(value):
     empty = np.full((2, 32, 32, 3), value, np.uint8)
     assert drawn_kinds(empty).tolist() == [-1, -1]
-    assert all(item[word] is None for item in read_pictures(empty, False) for word in ("kind", "colour", "size"))
+    for item in read_pictures(empty, False):
+        assert all(item[word] is None for word in ("kind", "colour", "size"))
     assert all(item["relation"] is None for item in read_pictures(empty, True))
     noise = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
     assert drawn_kinds(noise).tolist() == [-1] * 4
