@@ -31,7 +31,7 @@ EXAMPLES = ["a large red star on a navy background", "a small yellow heart on a 
 
 # Guidance and temperature where no flag gives them. Small models err less often when they dare less; a text
 # model that knows its few captions by heart is thrown off by strong guidance.
-SETTINGS = {("class", "own"): (2.0, 0.5), ("class", "released"): (4.0, 1.0),
+SETTINGS = {("class", "own"): (2.25, 0.5), ("class", "released"): (4.0, 1.0),
             ("text", "own"): (1.5, 0.6), ("text", "released"): (7.5, 1.0)}
 
 
@@ -319,7 +319,7 @@ def get_args(argv=None):
         help="classes of the --npz at random, as in the paper, not in turn")
     add("--image-size-eval", type=counting, help="resize the pictures to this side; 256 in the paper")
     add = parser.add_argument_group("how to sample").add_argument
-    add("--cfg-scale", type=finite, help="guidance; 1: none, 0: unconditional; if left out 2 (with text "
+    add("--cfg-scale", type=finite, help="guidance; 1: none, 0: unconditional; if left out 2.25 (with text "
         "1.5), for a released GPT 4 (with text 7.5)")
     add("--cfg-interval", type=number(int, "-1 or more", lambda n: n >= -1), default=-1,
         help="i: guide tokens 0 to i+1 only; -1: all")

@@ -246,7 +246,7 @@ def prepare_optimizers(nets, args):
 
 def get_args(argv=None):
     parser = flag_parser(__file__, __doc__)
-    add_training_flags(parser, out="out/gpt.pt", minutes=4.0)
+    add_training_flags(parser, out="out/gpt.pt", minutes=4.3)
     parser.add_argument("--vq", default="out/vq.pt", help="the tokenizer: train_vq.py's or a released one")
     parser.add_argument("--codes", help="a folder that data.py extract filled, instead of --data")
     parser.add_argument("--ten-crop", type=positive, nargs="+", default=[], metavar="RANGE",
@@ -323,8 +323,8 @@ def main(args):
             optimizer.load_state_dict(before)
     batch_size = min(args.batch_size, len(kept))
     tokens_per_step = batch_size * args.grad_accum * N
-    print(f"GPT {args.init or args.size}: {sum(p.numel() for p in nets.parameters()):,} parameters on {device}, "
-          f"products in {fast_dtype(device)}; {len(kept):,} pictures, {tokens_per_step:,} tokens per step")
+    print(f"GPT {args.init or args.size}: {sum(p.numel() for p in nets.parameters()):,} parameters on "
+          f"{device} in {fast_dtype(device)}; {len(kept):,} pictures, {tokens_per_step:,} tokens per step")
     forward = torch.compile(gpt) if args.compile else gpt
     preview = Path(args.out).with_suffix(".png")
 

@@ -172,7 +172,7 @@ def restart_dead_codes(vq, counts, images):
 
 def get_args(argv=None):
     parser = flag_parser(__file__, __doc__)
-    add_training_flags(parser, out="out/vq.pt", minutes=4.5)
+    add_training_flags(parser, out="out/vq.pt", minutes=4.2)
     add = parser.add_argument_group("model").add_argument
     add("--size", default="VQ-tiny", choices=VQ_SIZES, help="a row of VQ_SIZES in tokenizer.py")
     add("--image-size", type=counting, default=32, help="side of the pictures in pixels")

@@ -93,6 +93,16 @@ def test_condition_rows_of_rope_are_zero_and_the_table_stays_float32():
     assert not any("rope" in name or "freqs" in name for name in gpt.state_dict())
 
 
+def test_with_identity_rows_the_condition_is_seen_unturned_and_a_config_without_the_field_means_zero():
+    sizes = dict(dim=32, n_layer=1, n_head=2, vocab_size=16, block_size=16, cls_token_num=3, model_type="t2i")
+    zero, identity = GPTConfig(**sizes), GPTConfig(**sizes, cond_rope="identity")
+    assert zero.cond_rope == "zero" and not rope_table(zero)[:3].any()
+    table, x = rope_table(identity), torch.randn(2, 3, 2, 16)
+    assert torch.equal(apply_rope(x, table[:3]), x) and torch.equal(table[3:], rope_table(zero)[3:])
+    with pytest.raises(InputError, match="cond_rope 'none': has to be zero or identity"):
+        GPTConfig(**sizes, cond_rope="none")
+
+
 def test_rmsnorm_follows_its_formula():
     norm = RMSNorm(8)
     torch.nn.init.normal_(norm.weight)

@@ -219,10 +219,38 @@ def test_psnr_usage_and_perplexity_have_their_definitions():
 
 def test_decay_touches_matrices_only_and_every_parameter_is_trained():
     gpt = load_gpt_config()
-    decayed, plain = train_gpt.parameter_groups(gpt, 0.05)
+    decayed, plain = train_gpt.parameter_groups(list(gpt.named_parameters()), 0.05)
     assert all(p.dim() >= 2 for p in decayed["params"]) and all(p.dim() == 1 for p in plain["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(list(gpt.parameters()))
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0)
+
+
+@pytest.mark.parametrize("flags, layers_by_muon", [([], True), (["--optimizer", "adamw"], False)])
+def test_muon_moves_the_matrices_of_the_layers_and_adamw_all_else(flags, layers_by_muon):
+    nets = torch.nn.ModuleDict({"gpt": load_gpt_config(), "text": tiny_text_encoder(["a red star"])})
+    optimizers = train_gpt.prepare_optimizers(nets, train_gpt.get_args(flags))
+    owner = {id(weight): type(optimizer).__name__ for optimizer in optimizers
+             for group in optimizer.param_groups for weight in group["params"]}
+    assert len(owner) == len(list(nets.parameters()))
+    for name, weight in nets.named_parameters():
+        of_layer = name.startswith("gpt.layers.") and weight.dim() == 2
+        assert owner[id(weight)] == ("Muon" if layers_by_muon and of_layer else "AdamW"), name
+
+
+def test_muons_step_is_nearly_as_long_in_every_direction_whatever_the_gradient():
+    """U V^T of the gradient U S V^T, times the rate and match_rms_adamw's 0.2 sqrt(longer side)."""
+    gpt = load_gpt_config()
+    nets = torch.nn.ModuleDict({"gpt": gpt})
+    muon, _ = train_gpt.prepare_optimizers(nets, train_gpt.get_args(["--weight-decay", "0"]))
+    weight = gpt.layers[0].attention.wo.weight                   # (32, 32)
+    u, _, v = torch.linalg.svd(torch.randn(32, 32))
+    weight.grad, before = u @ torch.diag(torch.logspace(0, -1, 32)) @ v, weight.detach().clone()
+    muon.param_groups[0]["lr"] = 1e-3
+    muon.step()
+    step = (before - weight.detach()) / (1e-3 * 0.2 * 32 ** 0.5)
+    sizes = (u.T @ step @ v.T).diagonal()
+    assert sizes.min() > 0.5 and sizes.max() < 1.3               # the gradient's: from 1 down to 0.1
+    assert torch.nn.functional.cosine_similarity(step.flatten(), (u @ v).flatten(), dim=0) > 0.95
 
 
 def load_gpt_config():
@@ -684,6 +712,14 @@ def test_each_group_learns_at_its_share_of_the_rate(texts, tmp_path, monkeypatch
             "--text-lr", "0.25", "--warmup", "2")
     assert np.allclose(rates[0], [(1.0, 0.002)] * 2 + [(0.25, 0.0005)] * 2, rtol=1e-6)
     assert np.allclose(rates[1], [(1.0, 0.004)] * 2 + [(0.25, 0.001)] * 2, rtol=1e-2)    # the cosine begins
+
+
+def test_text_models_look_for_words_unless_told_otherwise_or_started_from_one_that_cannot(texts, tmp_path):
+    flags = ["--cond", "text", "--vq", str(texts / "vq.pt"), "--steps", "1"]
+    assert run_gpt(tmp_path / "a", *flags)["config"]["cond_rope"] == "identity"
+    assert run_gpt(tmp_path / "b", *flags, "--cond-rope", "zero")["config"]["cond_rope"] == "zero"
+    started = run_gpt(tmp_path / "c", *flags, "--init", str(tmp_path / "b" / "gpt.pt"))
+    assert started["config"]["cond_rope"] == "zero"
 
 
 def test_the_discriminator_is_left_alone_until_its_start(tmp_path):
