@@ -443,7 +443,7 @@ def remembered(path, make):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(result, path)
-    except OSError as error:                                     # no room or permission: then without a copy
+    except (InputError, OSError) as error:                       # no room or permission: then without a copy
         warning(f"{path} is not kept: {error}")
     return result
 
