@@ -408,7 +408,7 @@ def remembered(path, make):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_arrays(result, path)
-    except OSError as error:                                     # no room or permission: then without a copy
+    except (InputError, OSError) as error:                       # no room or permission: then without a copy
         warning(f"{path} is not kept: {error}")
     return result
 
@@ -438,8 +438,8 @@ class ImageSet:
         if self.path.is_dir():
             # FID of a part of the pictures looks like FID: tell what is read and what is not.
             found = Listing(self.path)
-            self.files, line = found.pictures, f"{path} holds {len(found.pictures):,} pictures"
-            print(line + told("; not used: ", found.unused), file=sys.stderr)
+            self.files, unused = found.pictures, told("; not used: ", found.unused)
+            print(f"{path} holds {len(self.files):,} pictures{unused}", file=sys.stderr)
             if not self.files:
                 raise InputError(f"{path} holds no pictures")
             self.count, self.shape = len(self.files), self.read(0).shape
@@ -465,10 +465,8 @@ class ImageSet:
         """The open member arr_0 of an .npz, just behind its header."""
         archive = zipfile.ZipFile(self.path)
         file, length = archive.open("arr_0.npy"), archive.getinfo("arr_0.npy").file_size
-        # The header of version 3 differs from that of 2 only in how names outside ASCII are written.
-        first = np.lib.format.read_magic(file) == (1, 0)
-        header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(file)
+        version = min(np.lib.format.read_magic(file)[0], 2)      # 3 differs in names outside ASCII only
+        shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(file)
         whole = length == file.tell() + math.prod(shape) and 0 not in shape
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not whole:
             raise InputError(f"{self.path}: arr_0 is no whole uint8 (M, H, W, 3) in C order: {dtype} {shape}")
@@ -481,8 +479,7 @@ class ImageSet:
             picture = torch.from_numpy(np.array(read_image(self.files[i]))).permute(2, 0, 1)
         if picture.shape != (self.shape or picture.shape):
             found, others = (f"{W}x{H}" for _, H, W in (picture.shape, self.shape))
-            raise InputError(f"{self.files[i]} is {found} pixels, others are {others}: bring all to one size "
-                             f"first, as the way of resizing changes the result")
+            raise InputError(f"{self.files[i]} is {found} pixels, others are {others}: bring all to one size")
         return picture
 
     def __getitem__(self, indices):

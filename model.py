@@ -132,8 +132,7 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
 
     def update(self, place, k, v):
-        """Write k and v (R, G, S, d) to the S places (S,) of the sequence; returns all there is, full length.
-        """
+        """Write k and v (R, G, S, d) to these places (S,) of the sequence; returns all of it, full length."""
         self.k.index_copy_(2, place, k.to(self.k.dtype))
         self.v.index_copy_(2, place, v.to(self.v.dtype))
         return self.k, self.v
@@ -323,9 +322,8 @@ class GPT(nn.Module):
         Returns logits (B, T + 1, V), position t predicting token t, and the loss, a mean in nats per token.
         """
         self.check_cond(cond, cond_mask)
-        V, device = self.config.vocab_size, cond.device
-        L, T = self.config.cls_token_num, check_tensor("tokens", tokens, (len(cond), "T"), device, V,
-                                                       most=self.config.block_size - 1)
+        c, L = self.config, self.config.cls_token_num
+        T = check_tensor("tokens", tokens, (len(cond), "T"), cond.device, c.vocab_size, most=c.block_size - 1)
         x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (B, S, D)
         mask = None if cond_mask is None else self.attention_mask(cond_mask)[..., :L + T, :L + T]
         x = self.tok_dropout(x)
@@ -335,7 +333,7 @@ class GPT(nn.Module):
         logits = self.output(self.norm(x[:, L - 1:])).float()                            #   (B, T + 1, V)
         loss = None
         if targets is not None:
-            check_tensor("targets", targets, (len(cond), T + 1), device, V)
+            check_tensor("targets", targets, (len(cond), T + 1), cond.device, c.vocab_size)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.long().flatten())
         return logits, loss
 
@@ -398,12 +396,10 @@ def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32, checkpoin
     weights = checkpoint["model"]
     if "tok_embeddings.weight" not in weights:
         raise InputError(f"{path} is not a GPT checkpoint: it has no tok_embeddings.weight")
-    if "config" not in checkpoint:
-        config = infer_gpt_config(weights, image_size or 256, path)
-    else:
-        config = read_config(GPTConfig, checkpoint["config"], path)
-        if image_size and (image_size // 16) ** 2 != config.block_size:
-            raise InputError(f"{path} makes {config.block_size} tokens per image: leave the image size out")
+    config = (read_config(GPTConfig, checkpoint["config"], path) if "config" in checkpoint else
+              infer_gpt_config(weights, image_size or 256, path))
+    if image_size and (image_size // 16) ** 2 != config.block_size:
+        raise InputError(f"{path} makes {config.block_size} tokens per image: leave the image size out")
     return build(GPT, config, weights, path, device, dtype)
 
 

@@ -8,7 +8,6 @@ Run:    python sample.py             # a labelled grid of the model that train_g
 """
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -17,12 +16,12 @@ import torch
 from tqdm import tqdm
 
 from data import PICTURE_NAMES, image_grid, imagenet_names, save_picture
-from files import text_lines
+from files import text_lines, warning
 from model import load_gpt
 from runs import (DEVICE_HELP, InputError, SharedArray, alone, check_compile, check_output, check_tensor,
                   counting, explained, fast_dtype, finite, flag_parser, natural, not_negative, number,
-                  pick_device, rank_and_world,
-                  read_checkpoint, run, short_hash, wait_for_all, weights_hash, whole_file)
+                  pick_device, rank_and_world, read_checkpoint, run, short_hash, wait_for_all, weights_hash,
+                  whole_file)
 from text import Captions, Classes, pretrained_text_encoder, tiny_text_encoder_from
 from tokenizer import load_tokenizer, to_pictures
 
@@ -82,9 +81,8 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
     """
     if not (math.isfinite(cfg_scale) and cfg_interval >= -1 and 0 <= temperature < math.inf and top_k >= 0 and
             0 < top_p <= 1):
-        raise InputError("cfg_scale has to be finite, cfg_interval -1 or more, temperature and top_k "
-                         "0 or more, top_p in (0, 1]; they are "
-                         f"{cfg_scale}, {cfg_interval}, {temperature}, {top_k}, {top_p}")
+        raise InputError("cfg_scale has to be finite, cfg_interval >= -1, temperature and top_k >= 0, top_p "
+                         f"in (0, 1]; they are {cfg_scale}, {cfg_interval}, {temperature}, {top_k}, {top_p}")
     gpt.check_cond(cond, cond_mask, wait=True)
     B, N, L = cond.shape[0], gpt.config.block_size, gpt.config.cls_token_num
     P = 0 if prefix is None else check_tensor("prefix", prefix, (B, "P"), cond.device, gpt.config.vocab_size,
@@ -136,9 +134,6 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
 def load_models(args, device):
     """The GPT, its tokenizer, its text encoder (None if it draws classes), the names of its classes, and
     whether it is our own or a released one. One line if they do not belong together."""
-    if args.image_size and args.image_size % 16:
-        raise InputError(f"--image-size {args.image_size}: released GPTs draw one token per 16 pixels, so it "
-                         f"has to be a multiple of 16")
     checkpoint = read_checkpoint(args.gpt, mmap=True)
     # A GPU reads bf16 weights in half the time; on the CPU float32 gives nearly the same on every machine.
     dtype = fast_dtype(device) if device.type == "cuda" else torch.float32
@@ -200,8 +195,7 @@ def read_prompts(args):
     """--prompts, the lines of --prompts-file that are not blank, or a few examples."""
     prompts = args.prompts or EXAMPLES
     if args.prompts_file:
-        with explained(f"--prompts-file {args.prompts_file} cannot be read", "it has to be text in UTF-8",
-                       (OSError, ValueError)):
+        with explained(f"--prompts-file {args.prompts_file} cannot be read", "it has to be text in UTF-8"):
             lines = text_lines(Path(args.prompts_file).read_bytes())
         prompts = [line for line in lines if line.strip()]
     if not prompts or not all(map(str.strip, prompts)):
@@ -215,8 +209,7 @@ def balanced(chosen, args):
     if args.random_classes:
         return np.random.default_rng(args.seed).choice(chosen, M)
     if M < len(chosen):
-        print(f"warning: --num-samples {M} leaves room for the first {M} of {len(chosen)} classes or prompts "
-              f"only", file=sys.stderr)
+        warning(f"--num-samples {M} leaves room for the first {M} of {len(chosen)} classes or prompts only")
     return np.array(chosen)[np.arange(M) % len(chosen)]
 
 
@@ -304,7 +297,8 @@ def get_args(argv=None):
     add("--gpt", default="out/gpt.pt", help="train_gpt.py's checkpoint or a released one")
     add("--vq", default="out/vq.pt", help="the tokenizer that the GPT was trained with")
     add("--text-encoder", metavar="FOLDER", help="folder of FLAN-T5, for GPTs that read its features")
-    add("--image-size", type=counting, help="released GPTs only: pixels of its grid, 256 if left out")
+    add("--image-size", type=number(int, "a multiple of 16, a token's side", lambda n: n > 0 and n % 16 == 0),
+        help="released GPTs only: pixels of its grid, 256 if left out")
     group = parser.add_argument_group("what to draw")
     add, prompts = group.add_argument, group.add_mutually_exclusive_group()
     add("--classes", nargs="+", metavar="CLASS",
@@ -356,8 +350,7 @@ def main(args):
         conditions = Captions([[prompt] for prompt in prompts], text)
         chosen = conditions.rows.tolist()                        # equal prompts share a row of names
         if text.cut:
-            print(f"warning: {text.cut} prompts are longer than {text.length} tokens and lose their ends",
-                  file=sys.stderr)
+            warning(f"{text.cut} prompts are longer than {text.length} tokens and lose their ends")
     else:
         conditions = Classes(names)
         chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names)))

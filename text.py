@@ -180,10 +180,8 @@ def read_weights(folder):
 
 
 def read_safetensors(path):
-    cure = "pip install safetensors, or fetch pytorch_model.bin"
-    with explained(f"{path} needs the package safetensors", cure, ImportError):
+    with explained(f"{path} cannot be read", "pip install safetensors, or fetch it again"):
         from safetensors.torch import load_file
-    with explained(f"{path} is damaged", "fetch it again"):
         return load_file(path)
 
 
@@ -390,9 +388,8 @@ def clean_caption(text):
     The released text models saw captions cleaned like this, twice over: what was escaped twice shows its tags
     only after the first round. There, ftfy and BeautifulSoup repair more than the standard library does here.
 
-    Some steps take the square of the length, so the rest of a very long text is cut off first. FLAN-T5's 120
-    tokens are some 550 characters of English, and never above 1,920, as its longest pieces have 16. Beyond
-    4,300 digits html.unescape fails.
+    Some steps take the square of the length, so a very long text is cut first: FLAN-T5's 120 tokens are never
+    above 1,920 characters. Beyond 4,300 digits html.unescape fails.
     """
     text = text.strip()[:4000]
     for step in CLEANING * 2:

@@ -220,8 +220,7 @@ class VectorQuantizer(nn.Module):
         # Unit vectors of neighbouring entries differ by less than bf16 resolves: no autocast in here.
         with torch.autocast(z.device.type, enabled=False):
             codes = self.codes()                                 #      (V, C)
-            flat = z.float().flatten(2).transpose(1, 2)          #      (B, N, C)
-            flat = F.normalize(flat, dim=-1)
+            flat = F.normalize(z.float().flatten(2).transpose(1, 2), dim=-1)     # (B, N, C)
             tokens = self.nearest(flat.detach(), codes.detach())     #  (B, N)
             zq = codes[tokens]                                   #      (B, N, C)
 
@@ -268,12 +267,10 @@ class VQModel(nn.Module):
     def encode(self, images):
         """images (B, 3, H, W), in any precision -> latents before quantization (B, C, h, w)."""
         check_tensor("images", images, ("B", 3, "H", "W"))
-        if not images.is_floating_point():
-            raise InputError(f"images are {images.dtype}: they have to be float in [-1, 1], see to_float")
         f, (H, W) = self.config.downsample, images.shape[2:]
-        if H % f or W % f or not H * W:
-            raise InputError(f"images are {W}x{H} pixels, but this tokenizer makes one token of {f}x{f}: use "
-                             f"a width and a height divisible by {f}")
+        if not images.is_floating_point() or H % f or W % f or not H * W:
+            raise InputError(f"images are {images.dtype}, {W}x{H} pixels: they have to be float in [-1, 1] "
+                             f"(see to_float), of a width and a height divisible by {f}, a token's side")
         return self.quant_conv(self.encoder(images.to(self.quant_conv.weight)))
 
     def decode(self, zq):                                        # zq   (B, C, h, w)

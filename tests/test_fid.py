@@ -764,13 +764,15 @@ def test_features_are_kept_beside_a_folder_of_any_name(tmp_path, monkeypatch, na
     assert kept.parent == (folder if name == "folder/." else folder.parent)
 
 
-def test_features_that_cannot_be_kept_are_used_and_a_warning_says_so(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("module, name", [(fid.np, "savez"), (fid.Path, "mkdir")])
+def test_features_that_cannot_be_kept_are_used_and_a_warning_says_so(tmp_path, monkeypatch, capsys, module,
+                                                                     name):
     np.savez(tmp_path / "x.npz", arr_0=pictures(5, 0))
     monkeypatch.setattr(fid, "load_inception", Tiny)
 
-    def full(*args):
+    def full(*args, **named):                                    # as the disk would, in the middle of writing
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(fid, "write_arrays", full)
+    monkeypatch.setattr(module, name, full)
     main(get_args([str(tmp_path / "x.npz"), str(tmp_path / "x.npz"), "--cache", "--device", "cpu"]))
     found = capsys.readouterr()
     assert "is not kept" in found.err and "No space left" in found.err and lines_of(found.out)["FID"] < 1e-6

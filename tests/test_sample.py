@@ -289,7 +289,7 @@ def sixteen(folder):
     return ["--vq", str(folder / "vq16.pt"), "--device", "cpu"]
 
 
-def test_a_released_gpt_draws_one_picture_of_each_imagenet_class(tmp_path, checkpoints, monkeypatch):
+def test_a_released_gpt_draws_one_picture_of_each_imagenet_class(tmp_path, checkpoints, monkeypatch, capsys):
     released = GPT(GPTConfig(**GPT_SIZES["tiny"], vocab_size=64, block_size=9, num_classes=1000))
     torch.nn.init.normal_(released.output.weight)
     torch.save({"model": released.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "released.pt")
@@ -306,8 +306,10 @@ def test_a_released_gpt_draws_one_picture_of_each_imagenet_class(tmp_path, check
     assert images.shape == (3, 48, 48, 3) and columns == 4
     assert named["titles"] == ["golden retriever", "otter", "bald eagle"]
     assert (args.cfg_scale, args.temperature) == (4.0, 1.0)
-    with pytest.raises(InputError, match="multiple of 16"):
-        main(get_args([*flags, "--image-size", "50"]))
+    for wrong in ("50", "0", "-16"):
+        with pytest.raises(SystemExit):
+            get_args([*flags, "--image-size", wrong])
+        assert f"{wrong} is not a multiple of 16" in capsys.readouterr().err
 
 
 def test_the_command_draws_a_grid_with_every_sampling_flag(tmp_path, checkpoints):
