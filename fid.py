@@ -350,6 +350,7 @@ def agreement(images, captions):
             best, beside = max(same, swapped, key=sum), ("left of", "right of")
             right = {"Background": items[i]["background"] == found["background"]}
             if two:
+                # Beside or above, as asked for, and not swapped; where both orders fit alike, neither is.
                 right["Order"] = (sum(same) > sum(swapped) and found["relation"] is not None
                                   and (items[i]["relation"] in beside) == (found["relation"] in beside))
             elif items[i]["size"]:                       # what a caption does not name cannot be wrong

@@ -69,7 +69,7 @@ def test_blobs_shapes_with_holes_filled_holes_and_second_shapes_fail():
         return lambda pixels: pixels.__setitem__((0, where), colour)
     assert not passes("circle", paint(near(5.5), white))         # a hole
     assert not passes("star", paint(near(10), red))              # no notches
-    assert not passes("cross", paint(near(9), red))
+    assert not passes("cross", paint(near(11), red))
     assert not passes("heart", paint(near(11), red))
     assert not passes("ring", paint(near(7), red))               # the hole is filled
     assert not passes("crescent", paint(near(8), red))
