@@ -37,8 +37,8 @@ from tqdm import tqdm
 from files import (Listing, TarMember, center_crop, fixed_crops, jsonl_entries, random_crop, read_image,
                    split_folders, tar_entries, text_entries, told, visible, warning)
 from runs import (DEVICE_HELP, InputError, SharedArray, alone, check_output, counting, explained, flag_parser,
-                  on_signals, pick_device, rank_and_world, run, short_hash, wait_for_all, weights_hash,
-                  whole_file)
+                  on_signals, pick_device, positive, rank_and_world, run, short_hash, wait_for_all,
+                  weights_hash, whole_file)
 from shapes import KINDS, SHAPES_COUNT, captioned_shapes, draw_shapes, spread
 from tokenizer import (codebook_statistics, load_tokenizer, peak_signal_to_noise, to_float, to_pictures,
                        tokenize_in_passes)
@@ -227,14 +227,15 @@ class Pictures:
         K, seen = len(self.class_names), len(self.labels[self.labels >= 0].unique())
         part = f" of {self.found:,}" if self.found > len(self) else ""
         some = f"{seen} of " if seen < K else ""
-        classes = f" of {some}{K} classes" if K > 1 and not self.captions else ""
-        names = f" ({', '.join(self.class_names)})" if classes and K < 6 else ""
+        classes = f" of {some}{K} class{'es' * (K > 1)}" if not self.captions else ""
+        names = f" ({', '.join(filter(str.isprintable, self.class_names))})" if classes and K < 6 else ""
         return (f"{len(self):,}{part} pictures{classes}{names} in {self.place}" +
                 told("; not used: ", self.unused))
 
     def identity(self):
         """What a resumed run has to find again, wherever the folder is by then."""
-        root = str(Path(self.arguments["name"]))
+        root = Path(self.arguments["name"])          # the paths in a .jsonl are seen from where it lies
+        root = str(root.parent if root.suffix.lower() == ".jsonl" else root)
         names = [str(file).removeprefix(root).lstrip("/") for file, _ in getattr(self, "files", ())]
         order = short_hash([names, self.labels.tolist(), self.captions])
         return {"class_names": list(self.class_names), "pictures": len(self), "names, order, captions": order}
@@ -295,9 +296,13 @@ def to_device(tensor, device):
 def hold_out(entries, split):
     """Of (file, class id, captions) every 20th for the test split, the others to train on; but never the only
     picture of a class, as long as that leaves any."""
-    count = Counter(label for _, label, _ in entries)
-    every = range(0, len(entries), 20)
-    held_out = {i for i in every if count[entries[i][1]] > 1} or set(every)
+    left, held_out, every = Counter(label for _, label, _ in entries), set(), range(0, len(entries), 20)
+    for i in every:
+        label = entries[i][1]
+        if left[label] > 1:
+            left[label] -= 1
+            held_out.add(i)
+    held_out = held_out or set(every)
     return [entry for i, entry in enumerate(entries) if (i in held_out) == (split == "test")]
 
 
@@ -331,6 +336,9 @@ class FolderData(Pictures):
             raise InputError(f"{self.place} holds no pictures{' with captions' * captioned}"
                              f"{told('. Found: ', self.unused)}. Give {cure}")
         self.found = len(entries)
+        if base != Path(root):
+            self.unused.update(f"{entry.name}/ beside them" for entry in visible(root)
+                               if entry.is_dir() and Path(entry.path) not in (base, held_out))
         if held_out == base and len(entries) > 1:
             entries = hold_out(entries, split)
         # n: every so many-th file, because the first n of an ordered list would all be of the first class.
@@ -354,6 +362,7 @@ class FolderData(Pictures):
         if folders:
             self.unused.update(path.name if len(found.archives) < 4 else ".tar" for path in found.archives)
             if not self.captioned:
+                self.unused["metadata.jsonl"] += found.table is not None
                 return self.class_files(base, source, folders)
         entries = list(jsonl_entries(found.table) if found.table else text_entries(found) if folders else
                        tar_entries(found))
@@ -364,6 +373,9 @@ class FolderData(Pictures):
         self.unused["without a picture"] += len(entries) - len(pictures)
         self.unused[f"without a {'caption' if self.captioned else 'class id'}"] += len(pictures) - len(files)
         self.unused["of these in another encoding than UTF-8"] += sum(found is None for *_, found in pictures)
+        if found.table and folders:
+            named = {file for file, _, _ in pictures}
+            self.unused["pictures that the table does not name"] = len(set(found.pictures) - named)
         self.class_names = [str(i) for i in range(1 + max((label for _, label, _ in files), default=0))]
         return files
 
@@ -495,8 +507,12 @@ def load_data(name, split, size=32, n=None, data_dir=None, flip=None, ranges=(),
     captioned  only pictures with captions, and with those
     flip       with mirror images; if left out, only where there are no captions
     """
-    if any(scale < 1 for scale in ranges):
-        raise InputError("--ten-crop: a range below 1 leaves no room for the crops")
+    if split not in ("train", "test"):
+        raise InputError(f"unknown split {split!r}: use train or test")
+    if not all(1 <= scale <= 8 for scale in ranges):
+        raise InputError("--ten-crop: a range has to be from 1, which leaves room for the crops, to 8")
+    if not (isinstance(size, int) and 0 < size <= 8192 and (n is None or n > 0)):
+        raise InputError(f"size {size}, n {n}: pictures have 1 to 8,192 pixels a side, n is above 0 or None")
     if name in ARRAY_NAMES:
         if ranges:
             raise InputError(f"{name} has no margin to cut: ten crops are for folders of larger pictures")
@@ -586,7 +602,11 @@ def read_about(folder):
     """What is known about the codes in a folder: see extract_codes."""
     cure = "make them with python data.py extract"
     with explained(f"{folder} holds no complete codes", cure, (OSError, ValueError)):
-        return json.loads((Path(folder) / "about.json").read_text(encoding="utf-8"))
+        about = json.loads((Path(folder) / "about.json").read_text(encoding="utf-8"))
+        lacking = {"key", "vq_hash", "data", "class_names", "skipped"} - dict(about).keys()
+        if lacking:
+            raise ValueError(f"about.json lacks {', '.join(sorted(lacking))}")
+        return about
 
 
 def read_codes(folder):
@@ -702,7 +722,7 @@ def get_args(argv=None):
     add("--cond", default="class", choices=("class", "text"), help="what comes with a picture")
     add("--splits", nargs="+", default=["train", "test"], choices=["train", "test"], help="parts to tokenize")
     add("--image-size", type=counting, default=32, help="side of a crop in pixels")
-    add("--ten-crop", type=float, nargs="+", default=[], metavar="RANGE",
+    add("--ten-crop", type=positive, nargs="+", default=[], metavar="RANGE",
         help="ten crops for each RANGE (1.1 1.05), of RANGE x the size; else the centre and its mirror image")
     add("--limit", type=counting, help="only so many pictures of each split")
     add("--batch-size", type=counting, default=32, help="pictures read at a time; does not change the codes")

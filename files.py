@@ -31,17 +31,24 @@ def warning(message):
 
 
 def told(words, counts):
-    """The words and what a Counter holds, such as "; not used: 50 .HEIC, 1 a.tar"; nothing if it is empty."""
-    parts = [f"{count:,} {what}" for what, count in counts.most_common() if count > 0]
+    """The words and what a Counter holds, such as "; not used: 50 .HEIC, 1 a.tar"; nothing if it is empty.
+    The eight most frequent, the others as a sum; names may hold anything, such as line breaks."""
+    found = [(what, count) for what, count in counts.most_common() if count > 0]
+    parts = [f"{count:,} " + "".join(filter(str.isprintable, what))[:200] for what, count in found[:8]]
+    parts += [f"{sum(count for _, count in found[8:]):,} others"] if found[8:] else []
     return words + ", ".join(parts) if parts else ""
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What lies where
 
+# Beside names with a dot in front: what Macs, archivers, Synology's disks and Windows put among the files
+HIDDEN = (".", "__MACOSX", "PaxHeaders", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
+
 def hidden(name):
-    """Names that begin with a dot, and __MACOSX, where a Mac's zip keeps notes under the names of files."""
-    return name.startswith((".", "__MACOSX", "PaxHeaders")) and name != ".."
+    """Whether a file or folder of this name is none of the user's."""
+    return name.startswith(HIDDEN) and name != ".."
 
 
 def visible(folder):
@@ -69,7 +76,7 @@ class Listing:
         for path in map(Path, files_below(root) if self.root.is_dir() else [root]):
             ending = path.suffix.lower()
             if not path.is_file():
-                self.unused["links that lead nowhere"] += 1
+                self.unused["links that lead nowhere" if path.is_symlink() else "special files"] += 1
             elif ending in image_endings():
                 self.pictures.append(path)
             elif ending == ".tar":
@@ -107,7 +114,9 @@ def split_folders(root):
                } if root.is_dir() else {}
     train, test = (next((folders[name] for name in names if name in folders), None)
                    for names in (TRAIN_NAMES, TEST_NAMES))
-    return (train, test or train) if train and (test or len(folders) == 1) else (root, root)
+    alone = len(folders) == 1 and not any(Path(entry.name).suffix.lower() in image_endings()
+                                          for entry in visible(root))
+    return (train, test or train) if train and (test or alone) else (root, root)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -159,11 +168,13 @@ def read_image(file):
 
 def eight_bits(image):
     """16- or 32-bit or float grey as "L", scaled: convert would clip it at 255. White is 65,535 for integers
-    and 1 for floats, whose highlights go beyond it; 255 if any is above 16. What exceeds 65,535 or 255 is
+    (255 for those of 32 bits that end there) and 1 for floats, whose highlights go beyond it; 255 if any is
+    above 16. What exceeds 65,535 or 255 is
     scaled by the largest. NaN becomes black."""
     values = np.asarray(image)
     peak = values.max(where=np.isfinite(values), initial=0)
     usual = 65535 if image.mode != "F" else 1 if peak < 16 else 255
+    usual = 255 if image.mode == "I" and peak < 256 else usual
     white = usual if usual == 1 or peak <= 1.1 * usual else peak
     # 0.001: k / 255 x 255 may come out just below k. One value may be transparent: white.
     grey = np.nan_to_num((values / np.float32(white / 255)).clip(0, 255) + 0.001).astype(np.uint8)
@@ -261,12 +272,15 @@ def json_captions(record):
 
 def captions_of(parts):
     """From .txt, a caption a line, else from .json; None if they cannot be read. parts: {ending: file}."""
-    try:
-        found = caption_list(text_lines(parts[".txt"].read_bytes())) if parts.get(".txt") else []
-        record = json_dict(read_text(parts[".json"].read_bytes())) if parts.get(".json") and not found else {}
-        return found or json_captions(record)
-    except (ValueError, OSError):
-        return None
+    captions = []
+    for ending in (".txt", ".json"):
+        if parts.get(ending) and not captions:
+            captions = None
+            with suppress(ValueError, OSError):
+                data = parts[ending].read_bytes()
+                captions = (caption_list(text_lines(data)) if ending == ".txt" else
+                            json_captions(json_dict(read_text(data))))
+    return captions
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -300,10 +314,11 @@ def text_entries(found):
 
 def tar_entries(found):
     """Of a Listing: members with the same name but for its endings are one picture, as WebDataset has it."""
+    samples = []
     for shard in found.archives:
         # Members may come in any order, so all are found before any is read. What a name has already begins
         # another picture: joined archives may both count from 0. newest: {name: {ending: file}}
-        samples, newest = [], {}
+        newest = {}
         for path, file in tar_files(shard, len(found.archives) == 1):
             folder, name = os.path.split(path)
             stem, _, ending = name.partition(".")
@@ -312,11 +327,11 @@ def tar_entries(found):
                 newest[folder, stem] = {}
                 samples.append(newest[folder, stem])
             newest[folder, stem][ending] = file
-        classes = any(".cls" in parts for parts in samples)
-        for parts in samples:
-            images = [file for ending, file in parts.items() if ending in image_endings()]
-            found.unused["second pictures of one name"] += len(images[1:])
-            yield next(iter(images), None), class_id(parts) if classes else 0, captions_of(parts)
+    classes = any(".cls" in parts for parts in samples)
+    for parts in samples:
+        images = [file for ending, file in parts.items() if ending in image_endings()]
+        found.unused["second pictures of one name"] += len(images[1:])
+        yield next(iter(images), None), class_id(parts) if classes else 0, captions_of(parts)
 
 
 def tar_files(shard, alone):

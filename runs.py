@@ -243,14 +243,16 @@ def alone(path, wait=False):
         import fcntl                                     # its locks end with their holder, however it ends
         if rank_and_world()[0] == 0:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            lock = open(f"{path}.lock", "a")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise InputError(f"another run writes {path} at this moment: give another name") from None
-                print(f"another run makes {path}: waiting for it", file=sys.stderr)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            while lock is None or not (os.path.exists(lock.name) and os.path.samestat(
+                    os.fstat(lock.fileno()), os.stat(lock.name))):       # the holder before takes it away
+                lock = open(f"{path}.lock", "a")
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not wait:
+                        raise InputError(f"another run writes {path} now: give another name") from None
+                    print(f"another run makes {path}: waiting for it", file=sys.stderr)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
     wait_for_all()
     try:
         yield
@@ -478,10 +480,12 @@ def resume_state(args, *needed):
     if rank_and_world()[1] > 1:
         raise InputError("training runs in one process: start it with python, not with torchrun")
     # --init may be --out itself: a copy of that is kept, as NAME.previous.
-    also = [args.out.removesuffix(".pt") + end for end in (".jsonl", ".png", ".previous.pt")]
+    also = [args.out[:-3] + end for end in (".jsonl", ".new.jsonl", ".png", ".previous.pt")]
     reads = [v for name, v in vars(args).items() if isinstance(v, str) and name != "out" and
              not (name == "init" and v == args.out)]
-    check_output(args.out, (".pt",), reads=reads, also=also)
+    out = check_output(args.out, (".pt",), reads=reads, also=also)
+    if Path(args.data).is_dir() and Path(args.data).resolve() in out.resolve().parents:
+        raise InputError(f"--out {out} lies in the folder of --data, where its preview would be a picture")
     if not args.resume:
         return None
     state = read_checkpoint(args.out)

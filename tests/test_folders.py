@@ -249,3 +249,70 @@ def test_mnist_is_found_where_torchvision_and_kaggle_put_it(tmp_path, monkeypatc
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / place).write_bytes(b"...")
     assert find_file(name, "train-images-idx3-ubyte.gz", tmp_path) == tmp_path / place
+
+
+# Found by trying other cases of the same kinds
+
+def test_a_shard_without_class_ids_among_others_is_no_class_0(tmp_path):
+    archive(tmp_path / "0.tar", {"1.png": png(), "1.cls": b"3", "2.png": png(), "2.cls": b"2"})
+    archive(tmp_path / "1.tar", {f"{i}.png": png() for i in range(5)})
+    assert "5 without a class id" in found(tmp_path)[3]
+
+
+def test_no_class_loses_all_its_pictures_to_the_held_out_part(tmp_path):
+    members = {f"{i:03}.png": png() for i in range(41)}
+    members |= {f"{i:03}.cls": b"1" if i in (0, 20) else b"0" for i in range(41)}
+    archive(tmp_path / "a.tar", members)
+    assert set(found(tmp_path / "a.tar")[0].labels.tolist()) == {0, 1}
+
+
+def test_a_lone_train_beside_pictures_is_a_sub_folder(tmp_path):
+    draw(tmp_path, 40)
+    draw(tmp_path / "train", 3)
+    assert found(tmp_path)[2] == 38 and "3 pictures in no class folder" in found(tmp_path)[3]
+
+
+def test_what_lies_beside_the_splits_is_told(tmp_path):
+    for name in ("reading", "training", "testing", "walking"):
+        draw(tmp_path / name, 4)
+    line = found(tmp_path)[3]
+    assert "4 pictures of 1 class (training)" in line and "reading/" in line and "walking/" in line
+
+
+@pytest.mark.parametrize("wrong", [dict(split="val"), dict(size=0), dict(size=16.5), dict(n=0), dict(n=-1),
+                                   dict(ranges=[float("nan")]), dict(ranges=[1e6])])
+def test_arguments_that_make_no_sense_are_refused_at_the_door(tmp_path, wrong):
+    draw(tmp_path / "cat", 3)
+    with pytest.raises(InputError):
+        load_data(tmp_path, **{"split": "train", **wrong})
+
+
+def test_pictures_that_a_table_does_not_name_and_a_table_that_is_not_used_are_told(tmp_path):
+    draw(tmp_path, 4)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "one"}))
+    assert "3 pictures that the table does not name" in found(tmp_path, captioned=True)[3]
+    assert "1 metadata.jsonl" in found(tmp_path)[3]
+
+
+def test_thumbnails_of_a_disk_station_are_no_class(tmp_path):
+    draw(tmp_path / "@eaDir" / "x.jpg" / "SYNOPHOTO_THUMB_M.jpg")
+    draw(tmp_path / "a", 2)
+    draw(tmp_path / "a" / "@eaDir" / "0.png")
+    assert found(tmp_path)[1] == ["a"] and found(tmp_path)[0].found == 2
+
+
+def test_the_line_stays_one_line_of_readable_length_whatever_files_are_called(tmp_path):
+    draw(tmp_path / "cat", 3)
+    for i in range(300):
+        (tmp_path / f"img.php?id={i}").write_bytes(b"")
+    (tmp_path / "x.b\nc\x1b[31m").write_bytes(b"")
+    line = found(tmp_path)[3]
+    assert len(line) < 600 and line.isprintable() and "293 others" in line
+
+
+def test_the_same_pictures_are_the_same_from_wherever_their_table_is_named(tmp_path, monkeypatch):
+    draw(tmp_path / "p", 3)
+    table = [{"image": f"p/{i}.png", "text": "x"} for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, table)))
+    monkeypatch.chdir(tmp_path)
+    assert load_data("a.jsonl", "train").identity() == load_data(tmp_path / "a.jsonl", "train").identity()

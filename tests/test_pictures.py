@@ -142,12 +142,12 @@ def test_a_line_whose_picture_is_no_file_costs_only_itself(tmp_path, capsys):
 
 def test_a_json_beside_a_picture_is_read_where_the_txt_says_nothing(tmp_path):
     for i, (text, record) in enumerate([(b" \n", {"caption": "zero"}), (b"one", {"text": "not this"}),
-                                        (None, {"text": ["two", 2]})]):
+                                        (None, {"text": ["two", 2]}), (b"\xff", {"text": "three"})]):
         (tmp_path / f"{i}.png").write_bytes(png(i))
         (tmp_path / f"{i}.json").write_text(json.dumps(record))
         if text is not None:
             (tmp_path / f"{i}.{'TXT' if i else 'txt'}").write_bytes(text)
-    expected = {"zero": 0, "one": 1, "two": 2}
+    expected = {"zero": 0, "one": 1, "two": 2, "three": 3}
     assert captioned(tmp_path) == expected
     members = [(path.name, path.read_bytes()) for path in tmp_path.iterdir()]
     (tmp_path / "all.tar").write_bytes(archive(*members))

@@ -342,7 +342,7 @@ def test_only_one_run_at_a_time_writes_to_one_name(trained, tmp_path, capsys):
     models = ["--gpt", str(trained / "gpt.pt"), "--vq", str(trained / "vq.pt"), "--num-samples", "10"]
     with alone(tmp_path / "vq.pt"), alone(tmp_path / "s.npz"):
         for flags in (["--seed", "1"], ["--resume"]):
-            with pytest.raises(InputError, match="another run writes .*vq.pt at this moment"):
+            with pytest.raises(InputError, match="another run writes .*vq.pt now"):
                 run_vq(tmp_path, "--steps", "2", *flags)
         with pytest.raises(InputError, match="another run writes .*s.npz at this moment"):
             sample.main(sample.get_args([*models, "--npz", str(tmp_path / "s.npz")]))
@@ -384,6 +384,9 @@ def test_a_name_that_cannot_be_written_is_told_before_the_work(trained, tmp_path
             ("vq.pt", "./vq.pt"), ("link.pt", "vq.pt"), ("vq.previous.pt", "vq.pt")]),
         (train_vq, ["--init", "vq.previous.pt", "--out", "vq.pt"], "would overwrite"),
         (train_vq, ["--data", "pets.jsonl", "--out", "pets.pt"], "would overwrite"),
+        (train_vq, ["--data", "pets.jsonl", "--out", "pets.PT"], "would overwrite"),
+        (train_vq, ["--data", "z.new.jsonl", "--out", "z.pt"], "would overwrite"),
+        (train_vq, ["--data", "folder.png", "--out", "folder.png/out/vq.pt"], "lies in the folder of --data"),
         *((sample, [*models, "--out", name], "ends in .png") for name in ("grid", "grid.txt")),
         (sample, [*models, "--npz", "file/x.npz"], "--npz file/x.npz cannot be written"),
         (data, ["draw", "--out", "grid"], "ends in .png"), (data, ["draw", "--out", "folder.png"], "folder"),
