@@ -344,7 +344,7 @@ def test_only_one_run_at_a_time_writes_to_one_name(trained, tmp_path, capsys):
         for flags in (["--seed", "1"], ["--resume"]):
             with pytest.raises(InputError, match="another run writes .*vq.pt now"):
                 run_vq(tmp_path, "--steps", "2", *flags)
-        with pytest.raises(InputError, match="another run writes .*s.npz at this moment"):
+        with pytest.raises(InputError, match="another run writes .*s.npz now"):
             sample.main(sample.get_args([*models, "--npz", str(tmp_path / "s.npz")]))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
