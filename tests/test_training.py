@@ -427,10 +427,11 @@ def test_the_second_stage_starts_from_the_first_at_another_image_size(texts, tmp
 
 
 def test_captioned_files_train_end_to_end(trained, tmp_path):
+    (tmp_path / "set").mkdir()
     for i in range(8):
-        Image.new("RGB", (32, 32), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(f"number {i}\nthe picture that has the number {i}")
-    state = run_gpt(tmp_path, "--vq", str(trained / "vq.pt"), "--data", str(tmp_path), "--cond", "text",
+        Image.new("RGB", (32, 32), (30 * i, 0, 0)).save(tmp_path / "set" / f"{i}.png")
+        (tmp_path / "set" / f"{i}.txt").write_text(f"number {i}\nthe picture that has the number {i}")
+    state = run_gpt(tmp_path, "--vq", str(trained / "vq.pt"), "--data", str(tmp_path / "set"), "--cond", "text",
                     "--steps", "2")
     assert "picture" in state["text_encoder"]["words"]
 
