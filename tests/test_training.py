@@ -431,8 +431,8 @@ def test_captioned_files_train_end_to_end(trained, tmp_path):
     for i in range(8):
         Image.new("RGB", (32, 32), (30 * i, 0, 0)).save(tmp_path / "set" / f"{i}.png")
         (tmp_path / "set" / f"{i}.txt").write_text(f"number {i}\nthe picture that has the number {i}")
-    state = run_gpt(tmp_path, "--vq", str(trained / "vq.pt"), "--data", str(tmp_path / "set"), "--cond", "text",
-                    "--steps", "2")
+    state = run_gpt(tmp_path, "--vq", str(trained / "vq.pt"), "--data", str(tmp_path / "set"), "--cond",
+                    "text", "--steps", "2")
     assert "picture" in state["text_encoder"]["words"]
 
 
