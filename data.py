@@ -166,6 +166,11 @@ CLASS_NAMES = {
 }
 
 
+def check_split(split):
+    if split not in ("train", "test"):
+        raise InputError(f"unknown split {split!r}: use train or test")
+
+
 def load_array(name, split="train", n=None, data_dir=None, size=32, captioned=False):
     """A data set that fits in memory: images uint8 (M, H, W, 3), labels int64 (M,), M captions or None.
 
@@ -174,8 +179,7 @@ def load_array(name, split="train", n=None, data_dir=None, size=32, captioned=Fa
     """
     if name not in ARRAY_NAMES:
         raise InputError(f"unknown data set {name!r}: use one of {', '.join(ARRAY_NAMES)}, or a folder")
-    if split not in ("train", "test"):
-        raise InputError(f"unknown split {split!r}: use train or test")
+    check_split(split)
     if name == "shapes":
         count = SHAPES_COUNT[split] if n is None else min(n, SHAPES_COUNT[split])
         images, items = captioned_shapes(split, n, size) if captioned else draw_shapes(split, 0, count, size)
@@ -217,7 +221,8 @@ class Pictures:
     again), a fingerprint, and three ways through its pictures: batches (endless, for training), take (chosen
     ones), passes (each once). Nothing else is asked of it, so arrays, folders and archives are exchangeable.
     """
-    place, found, unused = "", 0, Counter()         # where they are, how many there are, and what else
+    # Where they are, how many there are before any are held out, what else is there; of arrays no files
+    place, found, unused, files = "", 0, Counter(), ()
 
     def __len__(self):
         return len(self.labels)
@@ -236,7 +241,7 @@ class Pictures:
         """What a resumed run has to find again, wherever the folder is by then."""
         root = Path(self.arguments["name"])          # the paths in a .jsonl are seen from where it lies
         root = str(root.parent if root.suffix.lower() == ".jsonl" else root)
-        names = [str(file).removeprefix(root).lstrip("/") for file, _ in getattr(self, "files", ())]
+        names = [str(file).removeprefix(root).lstrip("/") for file, _ in self.files]
         order = short_hash([names, self.labels.tolist(), self.captions])
         return {"class_names": list(self.class_names), "pictures": len(self), "names, order, captions": order}
 
@@ -507,8 +512,7 @@ def load_data(name, split, size=32, n=None, data_dir=None, flip=None, ranges=(),
     captioned  only pictures with captions, and with those
     flip       with mirror images; if left out, only where there are no captions
     """
-    if split not in ("train", "test"):
-        raise InputError(f"unknown split {split!r}: use train or test")
+    check_split(split)
     if not all(1 <= scale <= 8 for scale in ranges):
         raise InputError("--ten-crop: a range has to be from 1, which leaves room for the crops, to 8")
     if not (isinstance(size, int) and 0 < size <= 8192 and (n is None or n > 0)):

@@ -589,7 +589,7 @@ class Inception:
 
 
 RECON = " (reconstructions)"                                     # ends the names of figures against these
-# Fitting all outlines at all places and sizes takes some 10 s for 1,000 pictures.
+# Fitting all outlines at all places and sizes takes some 2 s for 1,000 pictures.
 OUTLINES = 1000          # real pictures and reconstructions whose outlines are judged: enough for +- 1 %
 VQ = "out/vq.pt"         # the tokenizer of the default run
 

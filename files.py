@@ -69,10 +69,12 @@ def files_below(folder, above=()):
 
 class Listing:
     """What --data names, or lies below it: pictures and archives (.tar), lists of Paths in order; the table
-    of captions, a .jsonl, in a folder Hugging Face's metadata.jsonl; unused, all else, counted by ending."""
+    of captions, a .jsonl, in a folder Hugging Face's metadata.jsonl; unused, all else, counted by ending; and
+    of that texts, {path without its ending: {ending: path}}."""
 
     def __init__(self, root):
-        self.root, self.pictures, self.archives, self.table, self.unused = Path(root), [], [], None, Counter()
+        self.root, self.pictures, self.archives, self.table = Path(root), [], [], None
+        self.unused, self.texts = Counter(), {}
         for path in map(Path, files_below(root) if self.root.is_dir() else [root]):
             ending = path.suffix.lower()
             if not path.is_file():
@@ -85,6 +87,8 @@ class Listing:
                 self.table = path
             else:
                 self.unused[path.suffix or path.name] += 1
+                if ending in (".txt", ".json"):
+                    self.texts.setdefault(path.with_suffix(""), {})[ending] = path
 
     def by_folder(self):
         """{name of a sub-folder: the pictures below it}; those that lie beside the sub-folders under ""."""
@@ -110,12 +114,12 @@ TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("val", "valid", "validation", 
 def split_folders(root):
     """(where the training pictures are, where the held-out ones are): both the root itself if it is a file or
     has no such parts."""
-    folders = {entry.name.lower(): Path(entry.path) for entry in visible(root) if entry.is_dir()
-               } if root.is_dir() else {}
+    entries = visible(root) if root.is_dir() else []
+    folders = {entry.name.lower(): Path(entry.path) for entry in entries if entry.is_dir()}
     train, test = (next((folders[name] for name in names if name in folders), None)
                    for names in (TRAIN_NAMES, TEST_NAMES))
     alone = len(folders) == 1 and not any(Path(entry.name).suffix.lower() in image_endings()
-                                          for entry in visible(root))
+                                          for entry in entries)
     return (train, test or train) if train and (test or alone) else (root, root)
 
 
@@ -169,12 +173,13 @@ def read_image(file):
 def eight_bits(image):
     """16- or 32-bit or float grey as "L", scaled: convert would clip it at 255. White is 65,535 for integers
     (255 for those of 32 bits that end there) and 1 for floats, whose highlights go beyond it; 255 if any is
-    above 16. What exceeds 65,535 or 255 is
-    scaled by the largest. NaN becomes black."""
+    above 16. What exceeds 65,535 or 255 is scaled by the largest. NaN becomes black."""
     values = np.asarray(image)
     peak = values.max(where=np.isfinite(values), initial=0)
-    usual = 65535 if image.mode != "F" else 1 if peak < 16 else 255
-    usual = 255 if image.mode == "I" and peak < 256 else usual
+    if image.mode == "F":
+        usual = 1 if peak < 16 else 255
+    else:
+        usual = 255 if image.mode == "I" and peak < 256 else 65535
     white = usual if usual == 1 or peak <= 1.1 * usual else peak
     # 0.001: k / 255 x 255 may come out just below k. One value may be transparent: white.
     grey = np.nan_to_num((values / np.float32(white / 255)).clip(0, 255) + 0.001).astype(np.uint8)
@@ -306,8 +311,7 @@ def jsonl_entries(path):
 def text_entries(found):
     """Of a Listing: a picture's captions are in the .txt or .json of the same name, if any."""
     for file in found.pictures:
-        beside = [file.with_suffix(ending) for ending in (".txt", ".TXT", ".json", ".JSON")]
-        beside = {text.suffix.lower(): text for text in beside if text.is_file()}
+        beside = found.texts.get(file.with_suffix(""), {})
         found.unused.subtract(text.suffix for text in beside.values())
         yield file, 0, captions_of(beside)
 

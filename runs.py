@@ -203,13 +203,14 @@ def partial_name(path):
 
 
 @contextmanager
-def whole_file(path):
+def whole_file(path, kinds=OSError):
     """Gives a temporary name to write to; `path` is its name only when the block has ended well. So a kill
-    or a full disk leaves the old file or the new one, never half of one."""
+    or a full disk leaves the old file or the new one, never half of one. kinds: what a writer that fails
+    raises."""
     path = Path(path)
     partial = partial_name(path)
     try:
-        with explained(f"{path} cannot be written", "is there room on the disk?", OSError):
+        with explained(f"{path} cannot be written", "is there room on the disk?", kinds):
             yield partial
             partial.replace(path)
     finally:
@@ -292,17 +293,15 @@ class SharedArray:
         """Make the empty file with all its room on the disk: where that lacks, writing to a mapped file does
         not raise an error but kills the process."""
         size, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(self.path.parent).free
-        try:
-            np.lib.format.open_memmap(self.partial, mode="w+", dtype=dtype, shape=shape)
+        lacking = f"{self.path} needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} are free"
+        cure = "make room, or write to another disk"
+        with whole_file(self.partial) as name, explained(lacking, cure, OSError):
+            np.lib.format.open_memmap(name, mode="w+", dtype=dtype, shape=shape)
             if hasattr(os, "posix_fallocate"):
-                with open(self.partial, "r+b") as file:
+                with open(name, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             elif free < size:
                 raise OSError("the disk is full")
-        except OSError as error:
-            self.partial.unlink(missing_ok=True)
-            raise InputError(f"{self.path} needs {size / 1e6:,.1f} MB, {free / 1e6:,.1f} are free ({error}): "
-                             "make room, or write to another disk") from None
 
     def finish(self):
         """Give the file its name once all processes are done."""
@@ -460,8 +459,7 @@ class Progress:
                 with whole_file(old.with_suffix(f".previous{old.suffix}")) as partial:
                     shutil.copyfile(old, partial)
         contents.update(step=self.step, seconds=self.seconds(), random=random, args=vars(self.args))
-        with explained(f"{path} cannot be written", "is there room on the disk?", RuntimeError), \
-                whole_file(path) as partial:
+        with whole_file(path, (OSError, RuntimeError)) as partial:       # torch.save raises the second
             torch.save(contents, partial)
         if self.fresh:
             self.new_log.replace(self.log_path)

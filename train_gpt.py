@@ -12,7 +12,6 @@ Run:    python train_gpt.py                                        # after train
 """
 import copy
 import math
-import sys
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch.nn as nn
 
 from data import (batch_indices, check_tokenizer, code_key, extract_codes, image_grid, load_data, read_about,
                   read_captions, read_codes, save_picture, spread, to_device)
+from files import warning
 from model import GPT, GPT_SIZES, GPTConfig, load_gpt
 from runs import (InputError, Progress, add_training_flags, check_compile, check_same_data, counting,
                   fast_dtype, fill_weights, finite, flag_parser, learning_rate, mixed_precision, natural,
@@ -67,7 +67,7 @@ def usable(labels, K, cond):
     beyond the K of the training pictures, where the null class has its row."""
     strange = (labels >= K) & (cond == "class")
     if strange.any():
-        print(f"warning: left out {strange.sum()} pictures of classes that are not trained", file=sys.stderr)
+        warning(f"left out {strange.sum()} pictures of classes that are not trained")
     return np.flatnonzero((labels >= 0) & ~strange)
 
 
@@ -91,8 +91,7 @@ def prepare_captions(args, folders, base, saved, device):
                          f"{E:,}, the encoder gives {text.length} of width {train.width:,}. Pass the "
                          f"--text-encoder and --text-length that it was trained with")
     if text.cut:
-        print(f"warning: {text.cut} captions are longer than {text.length} tokens and lose their ends",
-              file=sys.stderr)
+        warning(f"{text.cut} captions are longer than {text.length} tokens and lose their ends")
     if args.text_encoder == "tiny" or args.live_features:
         return train, test, text
     for captions, folder in zip((train, test), folders):
@@ -233,14 +232,13 @@ def prepare_optimizers(nets, args):
     M = U S V^T it steps along U V^T, to which a few Newton-Schulz iterations, matrix products only, come near
     enough. match_rms_adamw scales that to the length of AdamW's step; three times as much was best here.
     """
-    named, muon = list(nets.named_parameters()), []
-    if args.optimizer == "muon":
-        layers = [(name, weight) for name, weight in named if ".layers." in name and weight.dim() == 2]
-        named = [(name, weight) for name, weight in named if name not in dict(layers)]
-        muon = [torch.optim.Muon([{"params": [weight for _, weight in layers], "rate": 3.0}], lr=args.lr,
-                                 weight_decay=args.weight_decay, ns_steps=3, adjust_lr_fn="match_rms_adamw")]
+    of_layer = lambda name, weight: args.optimizer == "muon" and ".layers." in name and weight.dim() == 2
+    layers = [weight for name, weight in nets.named_parameters() if of_layer(name, weight)]
+    rest = [(name, weight) for name, weight in nets.named_parameters() if not of_layer(name, weight)]
+    muon = [torch.optim.Muon([{"params": layers, "rate": 3.0}], lr=args.lr, weight_decay=args.weight_decay,
+                             ns_steps=3, adjust_lr_fn="match_rms_adamw")] if layers else []
     # beta2 is 0.95 for the reason that train_vq.adam gives; decay and rates differ by group
-    return muon + [torch.optim.AdamW(parameter_groups(named, args.weight_decay, args.text_lr), lr=args.lr,
+    return muon + [torch.optim.AdamW(parameter_groups(rest, args.weight_decay, args.text_lr), lr=args.lr,
                                      betas=(0.9, 0.95), fused=True)]
 
 

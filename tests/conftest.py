@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+import train_gpt
+import train_vq
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -40,3 +43,27 @@ def golden():
         weights = {key[2:]: value.float() for key, value in arrays.items() if key.startswith("w.")}
         return arrays, weights
     return load
+
+
+# The training scripts in two small steps
+
+QUICK = ["--limit", "64", "--device", "cpu", "--batch-size", "8", "--log-every", "1", "--eval-every", "2"]
+
+
+def run_vq(tmp_path, *flags):
+    train_vq.main(train_vq.get_args([*QUICK, "--out", str(tmp_path / "vq.pt"), *flags]))
+    return torch.load(tmp_path / "vq.pt", weights_only=True)
+
+
+def run_gpt(tmp_path, *flags):
+    train_gpt.main(train_gpt.get_args([*QUICK, "--out", str(tmp_path / "gpt.pt"), "--vq",
+                                       str(tmp_path / "vq.pt"), *flags]))
+    return torch.load(tmp_path / "gpt.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run_vq(folder, "--steps", "2")
+    run_gpt(folder, "--steps", "2")
+    return folder

@@ -8,7 +8,7 @@ import torch
 import train_gpt
 from model import GPT, GPTConfig, load_gpt
 from runs import InputError, read_checkpoint, weights_hash
-from test_training import run_gpt, run_vq
+from conftest import run_gpt, run_vq
 from text import saved_text_encoder, tiny_text_encoder, tiny_text_encoder_from
 from tokenizer import VQConfig, VQModel, load_tokenizer
 

@@ -25,9 +25,8 @@ import runs
 import sample
 import train_gpt
 import train_vq
-from conftest import ROOT
+from conftest import QUICK, ROOT, run_gpt, run_vq
 from runs import InputError, Progress, SharedArray, alone, whole_file
-from test_training import QUICK, run_gpt, run_vq
 
 
 def pictures(folder, classes="abc", count=4):
@@ -36,14 +35,6 @@ def pictures(folder, classes="abc", count=4):
         (folder / name).mkdir(parents=True)
         for i in range(count):
             Image.new("RGB", (34, 40), (label * 80, i * 20, 0)).save(folder / name / f"{i}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    run_vq(folder, "--steps", "2")
-    run_gpt(folder, "--steps", "2")
     return folder
 
 

@@ -19,7 +19,7 @@ import runs
 import sample
 import train_gpt
 import train_vq
-from conftest import ROOT
+from conftest import ROOT, run_gpt, run_vq
 from model import GPT, GPTConfig, load_gpt
 from test_text import write_t5
 from text import Classes, tiny_text_encoder, tiny_text_encoder_from
@@ -27,19 +27,6 @@ from runs import InputError, Progress, learning_rate, update_ema
 from tokenizer import VQConfig, VQModel, evaluate, load_tokenizer
 from train_vq import (LPIPS, PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss,
                       load_lpips, restart_dead_codes)
-
-QUICK = ["--limit", "64", "--device", "cpu", "--batch-size", "8", "--log-every", "1", "--eval-every", "2"]
-
-
-def run_vq(tmp_path, *flags):
-    train_vq.main(train_vq.get_args([*QUICK, "--out", str(tmp_path / "vq.pt"), *flags]))
-    return torch.load(tmp_path / "vq.pt", weights_only=True)
-
-
-def run_gpt(tmp_path, *flags):
-    train_gpt.main(train_gpt.get_args([*QUICK, "--out", str(tmp_path / "gpt.pt"), "--vq",
-                                       str(tmp_path / "vq.pt"), *flags]))
-    return torch.load(tmp_path / "gpt.pt", weights_only=True)
 
 
 @contextlib.contextmanager
@@ -54,14 +41,6 @@ def ctrl_c(module, step):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="--resume"):
         patch.setattr(module, "Progress", Interrupted)
         yield
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    run_vq(folder, "--steps", "2")
-    run_gpt(folder, "--steps", "2")
-    return folder
 
 
 # losses
