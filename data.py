@@ -37,8 +37,8 @@ from tqdm import tqdm
 from files import (Listing, TarMember, center_crop, fixed_crops, jsonl_entries, random_crop, read_image,
                    split_folders, tar_entries, text_entries, told, visible, warning)
 from runs import (DEVICE_HELP, InputError, SharedArray, alone, check_output, counting, explained, flag_parser,
-                  on_signals, pick_device, positive, rank_and_world, run, short_hash, wait_for_all,
-                  weights_hash, whole_file)
+                  gathered, my_part, on_signals, pick_device, positive, rank_and_world, run, short_hash,
+                  wait_for_all, weights_hash, whole_file)
 from shapes import KINDS, SHAPES_COUNT, captioned_shapes, draw_shapes, spread
 from tokenizer import (codebook_statistics, load_tokenizer, peak_signal_to_noise, to_float, to_pictures,
                        tokenize_in_passes)
@@ -198,17 +198,37 @@ def load_array(name, split="train", n=None, data_dir=None, size=32, captioned=Fa
 # ------------------------------------------------------------------------------------------------------------
 # Data sets for training
 
+def shuffled(places, count, seed):
+    """What stands at these places (n,) of a random order of 0 .. count - 1, without the others: a million
+    pictures or a thousand millions take the same memory.
+
+    A Feistel network (Luby 1988): of a number's two halves one is changed by a random function of the other,
+    in turns. Whatever that function is, each turn can be undone, so no two places get the same number. It
+    orders 4^k >= count numbers; one that is too large goes in again until it is not.
+    """
+    keys = np.random.default_rng(seed).integers(1 << 32, size=8, dtype=np.uint64)
+    half = np.uint64(max(1, math.ceil(math.log2(max(count, 2)) / 2)))
+    mask, result = (np.uint64(1) << half) - np.uint64(1), places.astype(np.uint64)
+    beyond = np.ones(len(places), bool)
+    while beyond.any():
+        left, right = result[beyond] >> half, result[beyond] & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)        # two odd numbers, well mixed bits
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ (mixed >> np.uint64(32) & mask)
+        result[beyond] = left << half | right
+        beyond = result >= count
+    return result.astype(np.int64)
+
+
 def batch_indices(count, batch_size, seed, start=0):
     """Endless batches of indices, (B,): a new order every epoch, the same for the same (seed, step), so that
     a resumed run sees what an uninterrupted one would have seen. `start`: the first step."""
     per_epoch = max(count // batch_size, 1)
-    epoch, first = divmod(start, per_epoch)
-    while True:
-        # A prime far above any seed given by hand, so that the next epoch is not the first of the next seed.
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + 1000003 * epoch))
-        for i in range(first, per_epoch):
-            yield order[i * batch_size:(i + 1) * batch_size]
-        epoch, first = epoch + 1, 0
+    for step in itertools.count(start):
+        epoch, i = divmod(step, per_epoch)
+        places = np.arange(i * batch_size, min((i + 1) * batch_size, count))
+        yield torch.from_numpy(shuffled(places, count, (seed, epoch)))
 
 
 def in_order(count, batch_size):
@@ -280,10 +300,10 @@ class ArrayData(Pictures):
         return short_hash([self.images.numpy().tobytes(), self.labels.numpy().tobytes(), self.captions])
 
     def batches(self, batch_size, seed, start=0, device="cpu"):
-        """Endless training batches (B, 3, H, W) in [-1, 1]."""
+        """Endless training batches (B, 3, H, W) in [-1, 1]; under torchrun this process's part of each."""
         images = self.images.to(device)
         for index in batch_indices(len(self), batch_size, seed, start):
-            yield to_float(images[to_device(index, device)])
+            yield to_float(images[to_device(my_part(index), device)])
 
     def take(self, batches):
         """The pictures of each list of indices: uint8 (B, K=1, 3, H, W) and labels (B,)."""
@@ -446,8 +466,9 @@ class FolderData(Pictures):
         it ends. InputError where nothing can be read any more."""
         # A generator of its own: else every loader would take a number from the one that training uses, and
         # a resumed run would draw others than one that went through.
+        workers = max(1, min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         loader = torch.utils.data.DataLoader(
-            self, batch_sampler=batch_sampler, num_workers=min(8, os.cpu_count() or 1), collate_fn=tuple,
+            self, batch_sampler=batch_sampler, num_workers=workers, collate_fn=tuple,
             worker_init_fn=ignore_interrupts, generator=torch.Generator())
         lost, late = 0, []                                       # lost: pictures in a row
         # No signal while half of the workers are there; they are born with SIGTERM blocked.
@@ -467,20 +488,20 @@ class FolderData(Pictures):
 
     def batches(self, batch_size, seed, start=0, device="cpu"):
         """Endless training batches (B, 3, H, W) in [-1, 1], cropped at random the same way for the same
-        (seed, step). What could not be read in the first epoch is told at its end."""
+        (seed, step); under torchrun this process's part of each. What could not be read in the first epoch is
+        told at its end."""
         # The loader takes its batches ahead of time; the second iterator is where this loop has come to.
-        order, again = itertools.tee(batch_indices(len(self), batch_size, seed, start))
+        order, again = itertools.tee(map(my_part, batch_indices(len(self), batch_size, seed, start)))
         keys = ([(i, seed + step) for i in index.tolist()] for step, index in enumerate(order, start))
         skipped = []
         for count, (index, (images, labels)) in enumerate(zip(again, self.loader(keys)), 1):
             skipped += index[labels < 0].tolist()
             if count == max(len(self) // batch_size, 1):
-                self.warn(skipped)
-            good = images[labels >= 0]
-            if len(good):
-                # Unreadable pictures are replaced by others of the batch, so that its size, and with it the
-                # compiled step, stays the same.
-                yield to_float(to_device(good[torch.arange(len(images)) % len(good)], device))
+                self.warn(sum(gathered(skipped), []))
+            # Unreadable pictures are replaced by others of the batch, so that its size, and with it the
+            # compiled step, stays the same. Without others they stay black.
+            good = images[labels >= 0] if (labels >= 0).any() else images
+            yield to_float(to_device(good[torch.arange(len(images)) % len(good)], device))
 
     def take(self, batches):
         """The pictures of each list of indices: uint8 (B, K, 3, H, W) and labels (B,). What cannot be read is

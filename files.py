@@ -23,11 +23,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runs import InputError, explained
+from runs import InputError, explained, rank_and_world
 
 
 def warning(message):
-    print(f"warning: {message}", file=sys.stderr)
+    if rank_and_world()[0] == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def told(words, counts):

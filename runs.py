@@ -1,12 +1,12 @@
-"""What a run needs, whatever it trains, draws or measures. Nothing about pictures or networks is in here.
+"""What every command needs, whether it trains, draws or measures. Nothing here is about pictures or networks.
 
-    errors -> flags -> device, processes, long jobs -> precision, schedule -> a training run -> weights
+    errors -> flags -> device, processes, long jobs -> precision, schedule -> weights
 
 The sections stand in the order in which a run comes to them. Every command ends in `run(main, get_args)`.
 """
 import argparse
 import hashlib
-import json
+import io
 import math
 import os
 import re
@@ -17,16 +17,16 @@ import textwrap
 import threading
 import time
 import zipfile
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import fields
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -50,14 +50,23 @@ def explained(what, cure="", kinds=Exception):
 
 
 def run(main, get_args):
-    """Run a command; what the user can mend is told in one line, with exit status 1."""
+    """Run a command; what the user can mend is told in one line, with exit status 1. Under torchrun the first
+    process speaks for all."""
+    rank, _ = rank_and_world()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):       # a terminal without UTF-8 gets \\xe9 instead of an error
             stream.reconfigure(errors="backslashreplace")
     try:
         with on_signals(signal.default_int_handler):
-            main(get_args())
+            with redirect_stderr(io.StringIO() if rank > 0 else sys.stderr):
+                args = get_args()
+            main(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (InputError, OSError, MemoryError) as error:          # OSError: no permission, no such folder
+        time.sleep(3 * (rank > 0))           # if the first one has the same to tell, torchrun ends us by then
         sys.exit(f"error: {error or 'not enough memory'}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
@@ -136,30 +145,6 @@ def flag_parser(file, doc):
 DEVICE_HELP = "cuda, mps or cpu; the best one present if left out"
 
 
-def add_training_flags(parser, out, minutes):
-    """The flags that train_vq.py and train_gpt.py share. out, minutes: each script's own defaults."""
-    add = parser.add_argument_group("data and files").add_argument
-    add("--data", default="shapes", help="shapes, fashion_mnist, mnist, cifar10; a folder, .jsonl or .tar")
-    add("--data-dir", help="where to look for the data set's files first")
-    add("--limit", type=counting, help="use only so many pictures of each split")
-    add("--cond", default="class", choices=("class", "text"), help="what a picture has: class or caption")
-    add("--out", default=out, help="the checkpoint; its log and preview are written beside it")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    group = parser.add_argument_group("how long and where")
-    add, length = group.add_argument, group.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=positive, default=minutes, help="fit training into this time")
-    length.add_argument("--steps", type=counting, help="train for this many steps instead")
-    add("--device", help=DEVICE_HELP)
-    add("--seed", type=natural, default=0, help="of weights, order of the data and dropout")
-    add("--compile", action="store_true", help="compile forward and backward: slow start, faster steps")
-    add("--eval-every", type=counting, default=500, help="steps between checkpoints")
-    add("--log-every", type=counting, default=20, help="steps between lines of the log")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--lr-final", type=share, default=0.02, help="end of the cosine as a share of --lr; 1: constant")
-    add("--clip", type=positive, default=1.0, help="largest norm of the gradient")
-    add("--ema", type=share, default=0.995, help="decay of the averaged weights that are saved; 0: off")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Device, processes, and long jobs that lose nothing when they are killed
 
@@ -181,12 +166,71 @@ def rank_and_world():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+@cache
+def patient_group():
+    """Under torchrun, the processes' second line, between CPUs, which waits for a week: the slowest may be
+    hours behind, tokenizing or looking at the model. Gradients take the first, which breaks after minutes."""
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
 def wait_for_all():
     """Under torchrun: go on when every process has come this far."""
     if rank_and_world()[1] > 1:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=7))   # the slowest may be hours behind
-        dist.barrier()
+        with explained("the other processes did not come as far as this one", "see what they told",
+                       RuntimeError):
+            dist.barrier(group=patient_group())
+
+
+def largest(*numbers):
+    """Of each number the largest that any process has: so all of them decide alike."""
+    if rank_and_world()[1] == 1:
+        return numbers
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=patient_group())
+    return numbers.tolist()
+
+
+def summed(tensor):
+    """The sum over all processes, a new tensor."""
+    tensor = tensor.clone()
+    if rank_and_world()[1] > 1:
+        patient_group()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def joined(tensor):
+    """The rows of all processes, in order of their ranks."""
+    _, world = rank_and_world()
+    if world == 1:
+        return tensor
+    rows = tensor.new_empty(world * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(rows, tensor.contiguous())
+    return rows
+
+
+def of_first(tensor):
+    """What the first process has, for all; in place."""
+    if rank_and_world()[1] > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def gathered(thing):
+    """What each process has, a list in order of their ranks."""
+    things = [thing] * rank_and_world()[1]
+    if len(things) > 1:
+        dist.all_gather_object(things, thing, group=patient_group())
+    return things
+
+
+def my_part(batch):
+    """This process's rows of a batch that all processes share out: everything random was drawn for the whole
+    of it, so their number does not change what is learnt."""
+    rank, world = rank_and_world()
+    return batch[rank * len(batch) // world:(rank + 1) * len(batch) // world]
 
 
 def short_hash(parts):
@@ -204,14 +248,16 @@ def partial_name(path):
 
 @contextmanager
 def whole_file(path, kinds=OSError):
-    """Gives a temporary name to write to; `path` is its name only when the block has ended well. So a kill
-    or a full disk leaves the old file or the new one, never half of one. kinds: what a writer that fails
-    raises."""
+    """Gives a temporary name to write to; `path` is its name only when the block has ended well. So a kill,
+    a power cut or a full disk leaves the old file or the new one, never half of one. kinds: what a writer
+    that fails raises."""
     path = Path(path)
     partial = partial_name(path)
     try:
         with explained(f"{path} cannot be written", "is there room on the disk?", kinds):
             yield partial
+            with open(partial, "r+b" if os.name == "nt" else "rb") as file:
+                os.fsync(file.fileno())                  # on the disk, before its name says so
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -353,166 +399,6 @@ def update_ema(average, model, decay, step):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A training run: clock, bar, log, saves, and going on
-
-class Progress:
-    """Where a run stands. state: the checkpoint it goes on from, or None for a fresh run.
-
-    Ctrl-C, SIGTERM and SIGHUP let the step in progress end, so what is saved is a whole state. The log is
-    NAME.jsonl beside the checkpoint NAME.pt, one JSON object a line. A fresh run writes NAME.new.jsonl until
-    its first save: only then do the log, preview and checkpoint that were there become NAME.previous."""
-
-    def __init__(self, args, device, state):
-        self.args, self.device, self.fresh, self.interrupted = args, device, state is None, False
-        self.step, seconds = (state["step"], state["seconds"]) if state else (0, 0.0)
-        # The random numbers of the CPU and those of the device are two streams.
-        self.streams = {"cpu": torch} | {kind: getattr(torch, kind) for kind in {device.type} - {"cpu"}}
-        for kind in self.streams.keys() & (state or {}).get("random", {}).keys():
-            self.streams[kind].set_rng_state(state["random"][kind])
-        self.log_path = Path(args.out).with_suffix(".jsonl")
-        self.new_log = self.log_path.with_suffix(".new.jsonl")
-        self.first, self.started = self.step, time.perf_counter() - seconds
-        self.begin_stretch()
-
-    def __enter__(self):
-        self.ending = ExitStack()
-        self.ending.enter_context(alone(self.args.out))
-        self.ending.enter_context(on_signals(self.interrupt))
-        if self.fresh:
-            self.new_log.write_bytes(b"")
-        self.bar = self.ending.enter_context(tqdm(total=self.args.steps, initial=self.step, unit=" steps"))
-        return self
-
-    def __exit__(self, kind, *_):
-        self.ending.close()
-        if kind is None and self.interrupted:
-            sys.exit(f"interrupted; step {self.step} is saved: the same flags and --resume go on from it")
-
-    def interrupt(self, number, _):
-        if self.interrupted and number == signal.SIGINT:         # a second Ctrl-C stops at once
-            raise KeyboardInterrupt
-        self.interrupted = True
-
-    def running(self):
-        return not self.interrupted and self.fraction() < 1
-
-    def fraction(self):
-        """0 at the start, 1 at the end, by steps or by minutes."""
-        return self.step / self.args.steps if self.args.steps else self.seconds() / (60 * self.args.minutes)
-
-    def seconds(self):
-        return time.perf_counter() - self.started
-
-    def begin_stretch(self):
-        """From here on numbers are added up, until `means` asks for them."""
-        self.since, self.since_seconds, self.sums = self.step, self.seconds(), {}
-        self.good = torch.zeros((), dtype=torch.int64, device=self.device)
-
-    def count(self, numbers):
-        """A step is over. numbers, a dict of scalar tensors, are added up where they are: nothing waits."""
-        for name, value in numbers.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        if self.args.compile and self.step == self.first:
-            self.started += self.seconds() - self.since_seconds  # compiling is not training
-        # A sum that is NaN or infinite stays so: this counts the steps before the first bad one.
-        self.good += torch.stack(list(self.sums.values())).isfinite().all()
-        self.step += 1
-        self.bar.update()
-
-    def check(self):
-        """End the run if its numbers are no longer finite, before anything uses them or is saved."""
-        bad = self.since + int(self.good) + 1
-        if bad <= self.step:
-            self.give_up(bad, "the loss or its gradient")
-
-    def give_up(self, step, what):
-        raise InputError(f"step {step}: {what} is NaN or infinite, so the run ends. {self.args.out} stays as "
-                         "it was last saved; try a lower --lr")
-
-    def means(self):
-        """The mean of each number since the last call (steps without it count as 0), and the steps per
-        second. Apart from evaluating and saving, this is where the CPU waits for the device."""
-        self.check()
-        steps = self.step - self.since
-        values = (torch.stack(list(self.sums.values())) / steps).tolist()
-        means = dict(zip(self.sums, values), steps_per_second=steps / (self.seconds() - self.since_seconds))
-        self.begin_stretch()
-        return means
-
-    def log(self, **values):
-        """Add a line to the log: step, seconds and these."""
-        values = {"step": self.step, "seconds": self.seconds(), **values}
-        rounded = {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in values.items()}
-        path = self.new_log if self.fresh else self.log_path
-        with explained(f"{path} cannot be written", "is there room on the disk?", OSError):
-            with open(path, "a", encoding="utf-8") as file:
-                print(json.dumps(rounded), file=file)
-
-    def save(self, **contents):
-        """Write the checkpoint: contents, and what else it takes to go on from here."""
-        self.check()
-        if not all(w.isfinite().all() for name in ("raw", "disc") for w in contents.get(name, {}).values()):
-            self.give_up(self.step, "a weight")
-        path, random = Path(self.args.out), {kind: s.get_rng_state() for kind, s in self.streams.items()}
-        if self.fresh:                       # copies: at no moment is there no checkpoint of that name
-            for old in filter(Path.exists, (path, self.log_path, path.with_suffix(".png"))):
-                with whole_file(old.with_suffix(f".previous{old.suffix}")) as partial:
-                    shutil.copyfile(old, partial)
-        contents.update(step=self.step, seconds=self.seconds(), random=random, args=vars(self.args))
-        with whole_file(path, (OSError, RuntimeError)) as partial:       # torch.save raises the second
-            torch.save(contents, partial)
-        if self.fresh:
-            self.new_log.replace(self.log_path)
-        self.fresh = False
-
-
-# Only these flags may change between a run and its resume: they say how long, where and how fast it runs and
-# what is shown on the way, not what is learnt. (A tokenizer is known by the hash of its weights.)
-MAY_CHANGE = {"out", "resume", "minutes", "steps", "device", "compile", "eval_every",
-              "log_every", "data_dir", "vq", "vgg", "lpips", "live_features", "cfg_scale", "temperature"}
-
-
-def resume_state(args, *needed):
-    """The checkpoint in --out with everything needed to go on (`needed`: what only this script's have), or
-    None for a fresh run. InputError names the flag that differs from that run's."""
-    if rank_and_world()[1] > 1:
-        raise InputError("training runs in one process: start it with python, not with torchrun")
-    # --init may be --out itself: a copy of that is kept, as NAME.previous.
-    also = [args.out[:-3] + end for end in (".jsonl", ".new.jsonl", ".png", ".previous.pt")]
-    reads = [v for name, v in vars(args).items() if isinstance(v, str) and name != "out" and
-             not (name == "init" and v == args.out)]
-    out = check_output(args.out, (".pt",), reads=reads, also=also)
-    if Path(args.data).is_dir() and Path(args.data).resolve() in out.resolve().parents:
-        raise InputError(f"--out {out} lies in the folder of --data, where its preview would be a picture")
-    if not args.resume:
-        return None
-    state = read_checkpoint(args.out)
-    if not {"config", "optimizer", "raw", "random", *needed} <= state.keys():
-        raise InputError(f"{args.out} has no complete state to go on from: it was not written by this script")
-    for name, now in vars(args).items():
-        before = state["args"].get(name, now)            # missing: a flag that is newer than the checkpoint
-        same = now == before or {type(now), type(before)} == {str} and (
-            Path(now).resolve() == Path(before).resolve())       # --data ./x/ and --data x
-        if not same and name not in MAY_CHANGE:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{args.out} was trained with other settings, {flag} {before} instead of {now}: "
-                             f"resume with that run's flags")
-    return state
-
-
-def check_same_data(args, state, identity):
-    """Refuse to go on with other data than before. identity: a dict of what the data are known by; given
-    back, for the next checkpoint."""
-    for name, now in identity.items():
-        before = (state or {}).get("data", {}).get(name, now)    # missing: the checkpoint is older
-        if before != now:
-            before, now = (textwrap.shorten(str(value), 80) for value in (before, now))
-            raise InputError(f"{args.out} was trained on other data, {name} {before} instead of {now}: go on "
-                             "with the same, or start anew without --resume")
-    return identity
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Weights from files
 
 def plain_names(part):
@@ -546,8 +432,9 @@ def read_checkpoint(path, mmap=False):
     try:
         # weights_only refuses every class but tensors and plain containers. Namespace is a bag of flags.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            mmap = mmap and zipfile.is_zipfile(path)     # files from before torch 1.6 cannot be mapped
-            file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            # Files from before torch 1.6 cannot be mapped, nor those whose names are in another encoding.
+            usual = zipfile.is_zipfile(path) and os.fsencode(path) == str(path).encode(errors="replace")
+            file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and usual)
     except Exception:                                    # the reason is long and advises to run hidden code
         raise InputError(f"{path} cannot be read as a checkpoint: it is empty, damaged, no PyTorch file, or "
                          f"holds pickled code, of which nothing was run") from None

@@ -24,14 +24,15 @@ from data import (batch_indices, check_tokenizer, code_key, extract_codes, image
                   read_captions, read_codes, save_picture, spread, to_device)
 from files import warning
 from model import GPT, GPT_SIZES, GPTConfig, load_gpt
-from runs import (InputError, Progress, add_training_flags, check_compile, check_same_data, counting,
-                  fast_dtype, fill_weights, finite, flag_parser, learning_rate, mixed_precision, natural,
-                  not_negative, pick_device, positive, read_checkpoint, resume_state, run, share, update_ema,
-                  weights_hash)
+from runs import (InputError, check_compile, counting, fast_dtype, fill_weights, finite, flag_parser,
+                  learning_rate, mixed_precision, my_part, natural, not_negative, pick_device, positive,
+                  read_checkpoint, run, share, update_ema, weights_hash)
 from sample import SETTINGS, generate
 from text import (Captions, Classes, pretrained_text_encoder, saved_text_encoder, tiny_text_encoder,
                   tiny_text_encoder_from)
 from tokenizer import load_tokenizer, to_pictures
+from training import (Progress, add_training_flags, batch_of, check_same_data, clip_gradients, exchange,
+                      prepare, put_weights, restore, resume_state, training_state, whole_weights)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def prepare_captions(args, folders, base, saved, device):
 
 def code_batches(codes, kept, conditions, batch_size, seed, start=0, device="cpu"):
     """Endless batches: tokens (B, N) int64, one random crop of each picture, and for each picture the row of
-    conditions.names that it is drawn for, (B,). No Python per picture.
+    conditions.names that it is drawn for, (B,). No Python per picture. B: this process's part of batch_size.
 
     codes  (M, K, N) uint16, memory-mapped: only what a batch asks for is read
     kept   the pictures to use, a part of 0 .. M-1
@@ -110,8 +111,10 @@ def code_batches(codes, kept, conditions, batch_size, seed, start=0, device="cpu
     for number, index in enumerate(batch_indices(len(kept), batch_size, seed, start), start):
         rng, pictures = np.random.default_rng((seed, number)), kept[index.numpy()]
         crop = rng.integers(codes.shape[1], size=len(pictures))
+        rows = conditions.draw(pictures, rng)
+        pictures, crop, rows = my_part(pictures), my_part(crop), my_part(rows)   # of all that was drawn
         tokens = torch.from_numpy(codes[pictures, crop].astype(np.int64))
-        yield to_device(tokens, device), conditions.draw(pictures, rng)
+        yield to_device(tokens, device), rows
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -305,41 +308,36 @@ def main(args):
         train, test, text = prepare_captions(args, folders, base, (state or base).get("text_encoder"), device)
         own |= dict(model_type="t2i", cls_token_num=train.ids.shape[1], caption_dim=train.width,
                     cond_rope=args.cond_rope)
+    batch_size = batch_of(args, len(kept))
     gpt = prepare_model(args, own, names, vq, base, device)
     learns = text is not None and args.text_encoder == "tiny"    # the text encoder, together with the GPT
     nets = nn.ModuleDict({"gpt": gpt, "text": text} if learns else {"gpt": gpt})
     best = copy.deepcopy(nets).requires_grad_(False) if args.ema else nets       # what is saved, and draws
-    optimizers = prepare_optimizers(nets, args)
-    if state and (state["config"] != asdict(gpt.config) or isinstance(state["optimizer"], dict)):
-        raise InputError(f"{args.out} was trained with other settings or by an older version: resume with "
-                         "that run's flags, or start anew")
-    # 3. Go on where the checkpoint was. pop: it is several times as large as the model, so it is not kept
+    forwards = prepare(nets, best, lambda net: getattr(net, "layers", []), args, device)
+    optimizers, preview = prepare_optimizers(nets, args), Path(args.out).with_suffix(".png")
+    if state and state["config"] != asdict(gpt.config):
+        raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
+    # 3. Go on where the checkpoint was. It is several times as large as the model: restore leaves nothing
     if state:
-        best["gpt"].load_state_dict(state.pop("model"))
-        nets.load_state_dict(state.pop("raw"))
-        for optimizer, before in zip(optimizers, state.pop("optimizer")):
-            optimizer.load_state_dict(before)
-    batch_size = min(args.batch_size, len(kept))
+        put_weights(state.pop("model"), best["gpt"], args)
+        restore(nets, optimizers, state, args)
     tokens_per_step = batch_size * args.grad_accum * N
     print(f"GPT {args.init or args.size}: {sum(p.numel() for p in nets.parameters()):,} parameters on "
           f"{device} in {fast_dtype(device)}; {len(kept):,} pictures, {tokens_per_step:,} tokens per step")
-    forward = torch.compile(gpt) if args.compile else gpt
-    preview = Path(args.out).with_suffix(".png")
 
     def save():
-        more = {"text_encoder": saved_text_encoder(best["text"])} if learns else {}
-        progress.save(model=best["gpt"].state_dict(), raw=nets.state_dict(), config=asdict(gpt.config),
-                      optimizer=[optimizer.state_dict() for optimizer in optimizers], class_names=names,
-                      vq_hash=vq_hash, data=identity, **more)
+        more = {"text_encoder": saved_text_encoder(best["text"]) |
+                {"model": whole_weights(best["text"].t5, args)}} if learns else {}
+        progress.save(**training_state(nets, optimizers), model=whole_weights(best["gpt"], args),
+                      config=asdict(gpt.config), class_names=names, vq_hash=vq_hash, data=identity, **more)
 
     def look(count):
-        """Write the sample grid; returns the loss over `count` held-out pictures."""
-        best.eval()
-        models = best["gpt"], best["text"] if learns else text
+        """Draw the sample grid with what was just saved; returns the loss over `count` held-out pictures."""
+        saved = read_checkpoint(args.out, mmap=True)
+        models = (load_gpt(args.out, device=device, checkpoint=saved),
+                  tiny_text_encoder_from(saved["text_encoder"], args.out, device) if learns else text)
         save_samples(*models, vq, test, device, preview, args)
-        nats = validation_loss(*models, test_codes, test_kept, test, device, count)
-        nets.train()                                             # with --ema 0 best is nets itself
-        return nats
+        return validation_loss(*models, test_codes, test_kept, test, device, count)
 
     # 4. The loop
     with Progress(args, device, state) as progress:
@@ -351,17 +349,19 @@ def main(args):
             for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
                 group["lr"] = lr * group["rate"]
             mean_loss = torch.zeros((), device=device)
-            for _ in range(args.grad_accum):
+            for part in range(args.grad_accum):
                 tokens, rows = next(batches)                     # (B, N), (B,)
-                with mixed_precision(device):
-                    cond, cond_mask = train(rows, text, device)  # (B,) and None, or (B, L, E) and (B, L)
-                    # Position t sees the condition and tokens 0 .. t-1 and predicts token t: the last token
-                    # is only ever a target, and logits (B, N, V) come out.
-                    _, loss = forward(tokens[:, :-1], cond, tokens, cond_mask)
-                # Gradients of the parts add up; each divided by their number, they give the mean over all.
-                (loss / args.grad_accum).backward()
+                with exchange(forwards.values(), now=part == args.grad_accum - 1):
+                    with mixed_precision(device):
+                        # (B,) and None, or (B, L, E) and (B, L)
+                        cond, cond_mask = train(rows, forwards.get("text", text), device)
+                        # Position t sees the condition and tokens 0 .. t-1 and predicts token t: the last
+                        # token is only ever a target, and logits (B, N, V) come out.
+                        _, loss = forwards["gpt"](tokens[:, :-1], cond, tokens, cond_mask)
+                    # Gradients of the parts add up; each divided by their number, they give the mean.
+                    (loss / args.grad_accum).backward()
                 mean_loss += loss.detach() / args.grad_accum
-            norm = nn.utils.clip_grad_norm_(nets.parameters(), args.clip)
+            norm = clip_gradients(nets, args.clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -374,8 +374,9 @@ def main(args):
                 progress.log(**means, lr=lr, tokens_per_second=speed)
                 progress.bar.set_postfix_str(f"loss {means['loss']:.3f} nats/token, {speed:,.0f} tokens/s",
                                              refresh=False)
-            if progress.step % args.eval_every == 0:
+            if progress.save_is_due():
                 save()
+            if progress.step % args.eval_every == 0 and progress.rank == 0:
                 nats = look(count=1000)
                 progress.log(validation_loss=nats)
                 progress.bar.write(f"step {progress.step}: validation loss {nats:.4f} nats per token")
@@ -383,6 +384,8 @@ def main(args):
         save()
 
     # 5. How good it is, over all held-out pictures. Bits per pixel do not count what the tokenizer lost.
+    if progress.rank > 0:
+        return
     nats = look(count=len(test_kept))
     bits = nats / math.log(2) * N / about["data"]["size"] ** 2
     progress.log(validation_loss=nats, bits_per_pixel=bits)

@@ -17,10 +17,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import find_file, image_grid, load_data, save_picture, spread
-from runs import (InputError, Progress, add_training_flags, check_compile, check_same_data, counting,
-                  fast_dtype, fill_weights, finite, flag_parser, learning_rate, mixed_precision, natural,
-                  not_negative, pick_device, positive, read_checkpoint, resume_state, run, update_ema)
-from tokenizer import (VQ_SIZES, VQConfig, VQModel, evaluate, load_tokenizer, to_pictures, tokenize_in_passes)
+from runs import (InputError, check_compile, counting, fast_dtype, fill_weights, finite, flag_parser, joined,
+                  learning_rate, mixed_precision, natural, not_negative, of_first, pick_device, positive,
+                  rank_and_world, read_checkpoint, run, summed, update_ema)
+from tokenizer import (VQ_SIZES, AttnBlock, ResBlock, VQConfig, VQModel, evaluate, load_tokenizer,
+                       to_pictures, tokenize_in_passes)
+from training import (Progress, add_training_flags, aside, batch_of, check_same_data, clip_gradients, prepare,
+                      put, put_weights, restore, resume_state, training_state, whole, whole_weights)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -159,13 +162,15 @@ def restart_dead_codes(vq, counts, images):
     the nearest entry, as in k-means++, or most restarts would land on plain background and split it into
     codes that mean the same.
     """
-    z = F.normalize(vq.encode(images).float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)      # (B N, C)
-    distance = 2 - 2 * (z @ vq.quantize.codes().T).amax(dim=1)                       # |z - e|^2 on the sphere
+    with aside(vq, images.device):
+        z = F.normalize(vq.encode(images).float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)  # (B N, C)
+    z, weight = joined(z), vq.quantize.embedding.weight
+    codes = F.normalize(whole(weight).float(), dim=-1)                                       # (V, C)
+    distance = 2 - 2 * (z @ codes.T).amax(dim=1)                                     # |z - e|^2 on the sphere
     # Of NaN nothing can be drawn. A run with NaN latents is past saving, which its next loss will show.
     chance = distance.nan_to_num(0).clamp(min=1e-6)                                          # (B N,)
-    chosen = torch.multinomial(chance, len(counts), replacement=True)                        # (V,)
-    weight = vq.quantize.embedding.weight
-    weight.copy_(torch.where((counts == 0)[:, None], z[chosen].to(weight.dtype), weight))
+    chosen = of_first(torch.multinomial(chance, len(counts), replacement=True))              # (V,)
+    put(torch.where((counts == 0)[:, None], z[chosen].to(weight.dtype), whole(weight)), weight)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -198,6 +203,8 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.compile and args.disc_adaptive:
         parser.error("--disc-adaptive takes a second gradient, which --compile does not allow: drop one")
+    if args.shard and args.disc_adaptive:
+        parser.error("--disc-adaptive looks at a whole weight, of which --shard leaves a part: drop one")
     return args
 
 
@@ -241,7 +248,7 @@ def adam(net, lr):
 
 def main(args):
     # 1. What to learn from, and the networks: the tokenizer and its judges
-    state = resume_state(args, "disc")
+    state = resume_state(args, "since_restart")
     device = pick_device(args.device)
     check_compile(args, device)
     torch.manual_seed(args.seed)
@@ -250,31 +257,32 @@ def main(args):
     lpips = load_lpips(args, device)
     train, test = (load_data(args.data, split, args.image_size, args.limit, args.data_dir,
                              captioned=args.cond == "text") for split in ("train", "test"))
-    identity, batch_size = check_same_data(args, state, train.identity()), min(args.batch_size, len(train))
-    best = copy.deepcopy(vq).eval().requires_grad_(False) if args.ema else vq    # what is saved and looked at
+    identity, batch_size = check_same_data(args, state, train.identity()), batch_of(args, len(train))
     disc = PatchDiscriminator(args.image_size).to(device)
-    optimizer, disc_optimizer = adam(vq, args.lr), adam(disc, args.lr)
+    best = copy.deepcopy(vq).requires_grad_(False) if args.ema else vq           # what is saved and looked at
+    nets, blocks = nn.ModuleDict({"vq": vq, "disc": disc}), (ResBlock, AttnBlock)
+    forward, judge = prepare(nets, {"vq": best}, lambda net: [part for part in net.modules() if isinstance(
+        part, blocks)], args, device).values()
+    optimizers = optimizer, disc_optimizer = adam(vq, args.lr), adam(disc, args.lr)
     # How often each entry was used, since the last line of the log and since the last restart
     used, since_restart = torch.zeros(2, config.codebook_size, device=device)
-    # 2. Go on where the checkpoint was. pop: it is several times as large as the model, so it is not kept
+    # 2. Go on where the checkpoint was. It is several times as large as the model: restore leaves nothing
     if state:
-        best.load_state_dict(state.pop("model"))
-        for key, part in (("raw", vq), ("optimizer", optimizer), ("disc", disc),
-                          ("disc_optimizer", disc_optimizer)):
-            part.load_state_dict(state.pop(key))
-        since_restart += state.pop("since_restart").to(device)
+        put_weights(state.pop("model"), best, args)
+        restore(nets, optimizers, state, args)
+        if rank_and_world()[0] == 0:
+            since_restart += state.pop("since_restart").to(device)
     print(f"{name}: {sum(p.numel() for p in vq.parameters()):,} parameters on {device}, products in "
           f"{fast_dtype(device)}; {len(train):,} pictures of {args.image_size}x{args.image_size} pixels -> "
           f"{(args.image_size // config.downsample) ** 2} tokens out of {config.codebook_size:,}")
-    forward = torch.compile(vq) if args.compile else vq
-    preview = Path(args.out).with_suffix(".png")
+    preview, first = Path(args.out).with_suffix(".png"), rank_and_world()[0] == 0
 
     def save():
-        progress.save(model=best.state_dict(), raw=vq.state_dict(), config=asdict(config),
-                      optimizer=optimizer.state_dict(), disc=disc.state_dict(),
-                      disc_optimizer=disc_optimizer.state_dict(), since_restart=since_restart,
-                      image_size=args.image_size, data=identity)
-        save_preview(best, test, device, preview)
+        progress.save(**training_state(nets, optimizers), model=whole_weights(best, args),
+                      config=asdict(config), since_restart=summed(since_restart), image_size=args.image_size,
+                      data=identity)
+        if first:
+            save_preview(load_tokenizer(args.out, device), test, device, preview)
 
     # 3. The loop
     with Progress(args, device, state) as progress:
@@ -294,7 +302,7 @@ def main(args):
                 losses["l2"] = F.mse_loss(recon.float(), images)
                 if lpips:
                     losses["lpips"] = args.lpips_weight * lpips(recon, images).mean()
-                if adversarial:
+                if adversarial:                          # disc, not judge: it learns nothing from this
                     losses["gan"] = generator_loss(disc(recon).float(), args.disc_loss)
             if adversarial:
                 weight = args.disc_weight
@@ -306,7 +314,7 @@ def main(args):
             # throwing away what thousands have taught.
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            losses["grad_norm"] = nn.utils.clip_grad_norm_(vq.parameters(), args.clip)
+            losses["grad_norm"] = clip_gradients(vq, args.clip)
             optimizer.step()
             if args.ema:
                 update_ema(best, vq, args.ema, progress.step)
@@ -314,11 +322,11 @@ def main(args):
             # The discriminator, on the same pictures; detach: its loss must not reach the tokenizer
             if adversarial:
                 with mixed_precision(device):
-                    real, fake = disc(images), disc(recon.detach())              # (B, 1, h, w) each
+                    real, fake = judge(images), judge(recon.detach())            # (B, 1, h, w) each
                 losses["disc"] = discriminator_loss(real.float(), fake.float(), args.disc_loss)
                 disc_optimizer.zero_grad()
                 losses["disc"].backward()
-                nn.utils.clip_grad_norm_(disc.parameters(), args.clip)
+                clip_gradients(disc, args.clip)
                 disc_optimizer.step()
 
             # Codebook upkeep and statistics, which stay on the device until they are logged.
@@ -329,18 +337,20 @@ def main(args):
             progress.count(losses)
             # No restarts near the end: the decoder needs time to learn what a moved entry means.
             if args.restart_every and progress.step % args.restart_every == 0 and done < 0.8:
-                restart_dead_codes(vq, since_restart, images)
+                restart_dead_codes(vq, summed(since_restart), images)
                 since_restart.zero_()
             if progress.step % args.log_every == 0:
-                report(progress, (used > 0).float().mean().item(), batch_size, lr)
+                report(progress, (summed(used) > 0).float().mean().item(), batch_size, lr)
                 used.zero_()
-            if progress.step % args.eval_every == 0:
+            if progress.save_is_due():
                 save()
         minutes = progress.seconds() / 60
         save()
 
     # 4. How good it is, over all test pictures
-    psnr, usage, perplexity = evaluate(best.eval(), test, device, batch_size)
+    if not first:
+        return
+    psnr, usage, perplexity = evaluate(load_tokenizer(args.out, device), test, device, batch_size)
     progress.log(test_psnr=psnr, test_usage=usage, test_perplexity=perplexity)
     print(f"{progress.step} steps in {minutes:.1f} minutes; over {len(test):,} test pictures: PSNR "
           f"{psnr:.2f} dB, {usage:.1%} of {config.codebook_size:,} codebook entries used, perplexity "

@@ -5,7 +5,8 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PATH_OF_A_PICTURE = ("tokenizer.py", "model.py", "sample.py", "train_vq.py", "train_gpt.py", "runs.py")
+PATH_OF_A_PICTURE = ("tokenizer.py", "model.py", "sample.py", "train_vq.py", "train_gpt.py", "training.py",
+                     "runs.py")
 AROUND_IT = ("data.py", "files.py", "shapes.py", "text.py", "fid.py")
 
 

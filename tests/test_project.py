@@ -1,6 +1,7 @@
 """pytest -q tests/test_project.py      What the README and the comments say is true; the notebooks run."""
 import argparse
 import ast
+import itertools
 import linecache
 import re
 import shlex
@@ -101,12 +102,14 @@ def test_the_commands_in_the_readme_parse(monkeypatch):
     for line in commands:
         for part in line.split("#")[0].split("&&"):
             words = shlex.split(part)
+            if words[:1] == ["torchrun"]:                        # its own flags come first
+                words = ["python", *itertools.dropwhile(lambda word: word not in SCRIPTS, words)]
             if words[:1] == ["python"] and words[1] in SCRIPTS:
                 SCRIPTS[words[1]].get_args(words[2:])
                 parsed += 1
             elif words[:1] == ["python"] and words[1] != "-m":
                 assert (ROOT / words[1]).exists(), line
-    assert parsed >= 8
+    assert parsed >= 40
 
 
 def test_every_file_the_readme_links_to_exists():
@@ -287,8 +290,8 @@ def test_every_module_is_counted():
 
 
 def test_the_path_of_a_picture_and_the_whole_stay_within_their_lines():
-    assert lines.count(lines.PATH_OF_A_PICTURE) <= 2550
-    assert lines.count(CORE) <= 5525
+    assert lines.count(lines.PATH_OF_A_PICTURE) <= 2970
+    assert lines.count(CORE) <= 5975
 
 
 @pytest.mark.parametrize("name", CORE)
