@@ -366,7 +366,7 @@ class Progress:
     def log(self, **values):
         """Add a line to the log: step, seconds and these."""
         values = {"step": self.step, "seconds": self.seconds(), **values}
-        rounded = {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in values.items()}
+        rounded = {name: float(f"{v:.8g}") if isinstance(v, float) else v for name, v in values.items()}
         path = self.new_log if self.fresh else self.log_path
         if self.rank == 0:
             with explained(f"{path} cannot be written", "is there room on the disk?", OSError):
