@@ -6,7 +6,7 @@ Shapes: B images, M images of a data set, N tokens of an image, K crops per imag
         L condition tokens, E width of their features.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2 and 3.2.
 Run:    python train_gpt.py                                        # after train_vq.py; 5 minutes on a laptop
-        python train_gpt.py --data fashion_mnist --minutes 12
+        python train_gpt.py --data fashion_mnist --minutes 10
         python train_vq.py --cond text --minutes 4 --out out/text/vq.pt
         python train_gpt.py --cond text --vq out/text/vq.pt --minutes 15 --out out/text/gpt.pt
 """

@@ -5,7 +5,7 @@ Shapes: B images, H x W pixels, h x w a smaller grid (of latents, VGG's features
 Paper:  LlamaGen (arXiv 2406.06525) section 2.1; LPIPS (Zhang 2018); PatchGAN (Isola 2017);
         VQGAN (Esser 2021).
 Run:    python train_vq.py                                         # shapes, 5 minutes on a laptop
-        python train_vq.py --data fashion_mnist --minutes 8
+        python train_vq.py --data fashion_mnist --minutes 10
 """
 import copy
 import math

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as sharded_files
 import torch.nn as nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
                                                      set_model_state_dict, set_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
@@ -186,7 +187,7 @@ def prepare(nets, best, blocks, args, device):
             # No buffers are sent: a discriminator's batch statistics stay those of each process.
             forwards[name] = DistributedDataParallel(
                 forwards[name], device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False, gradient_as_bucket_view=True)
+                forward_sync_buffers=False, gradient_as_bucket_view=True)
     return forwards
 
 
@@ -268,7 +269,7 @@ class Progress:
         self.new_log = self.log_path.with_suffix(".new.jsonl")
         self.first, self.started = self.step, time.perf_counter() - seconds
         self.now = self.saved_at = seconds       # the time that all processes agree on; that of the last save
-        self.last_saved = self.step
+        self.last_saved = self.step if state else None
         self.begin_stretch()
 
     def __enter__(self):
@@ -376,6 +377,8 @@ class Progress:
     def save(self, raw, optimizer, **contents):
         """Write the checkpoint: raw and optimizer, all that training has changed, and contents. What it takes
         to go on from here is added. With --shard every process writes its part of the first two."""
+        if self.step == self.last_saved:
+            return
         self.check()
         parts = (part.to_local() if hasattr(part, "to_local") else part for part in raw.values())
         if any(largest(not all(part.isfinite().all() for part in parts))):
@@ -386,8 +389,9 @@ class Progress:
             self.keep()
         wait_for_all()
         if self.args.shard:
-            sharded_files.save(dict(raw=raw, optimizer=optimizer),
-                               checkpoint_id=shards(self.path, self.step))
+            folder = shards(self.path, self.step)
+            with explained(f"{folder} cannot be written", "is there room on the disk?", CheckpointException):
+                sharded_files.save(dict(raw=raw, optimizer=optimizer), checkpoint_id=folder)
         else:
             contents |= dict(raw=raw, optimizer=optimizer)
         if self.rank == 0:
@@ -397,7 +401,7 @@ class Progress:
                 self.new_log.replace(self.log_path)
                 self.backup.unlink(missing_ok=True)              # that of the run before
             for folder in self.path.with_suffix(".shards").glob("*"):
-                if folder not in (shards(self.path, self.step), shards(self.path, self.last_saved)):
+                if int(folder.name) not in (self.step, self.last_saved):
                     shutil.rmtree(folder)
         self.fresh, self.saved_at, self.last_saved = False, self.now, self.step
 
@@ -449,8 +453,11 @@ def restore(nets, optimizers, state, args):
         raw, optimizer = state.pop("raw"), state.pop("optimizer")
     else:
         raw, optimizer = get_state_dict(nets, started)           # of the right shapes, to be overwritten
-        sharded_files.load(dict(raw=raw, optimizer=optimizer), no_dist=rank_and_world()[1] == 1,
-                           checkpoint_id=shards(args.out, state["step"]))
+        folder = shards(args.out, state["step"])
+        with explained(f"{folder} cannot be read", f"go on from a copy of {args.out[:-3]}.backup.pt",
+                       CheckpointException):
+            sharded_files.load(dict(raw=raw, optimizer=optimizer), checkpoint_id=folder,
+                               no_dist=rank_and_world()[1] == 1)
     set_state_dict(nets, started, model_state_dict=raw, optim_state_dict=optimizer,
                    options=StateDictOptions(full_state_dict=one_file and args.shard))
 

@@ -21,12 +21,15 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
+    config.addinivalue_line("markers", "long: takes a minute or more; runs if ALL_TESTS is set, as in .ci/run")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "long" in item.keywords and not os.environ.get("ALL_TESTS"):
+            item.add_marker(pytest.mark.skip(reason="takes a minute or more: set ALL_TESTS=1"))
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from conftest import ROOT
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_offline_without_errors(path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")       # whoever asks the network gets no answer

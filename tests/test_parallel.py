@@ -1,6 +1,6 @@
 """pytest -q tests/test_parallel.py      Many processes learn what one learns; what sizes need, on paper.
 
-What takes a minute and more runs where the variable ALL_TESTS is set, as .ci/run does.
+The tests marked long run where the variable ALL_TESTS is set, as in .ci/run.
 """
 import contextlib
 import io
@@ -24,8 +24,7 @@ import training
 from conftest import ROOT, run_vq
 from model import GPT, GPTConfig
 
-ALL = bool(os.environ.get("ALL_TESTS"))
-long = pytest.mark.skipif(not ALL, reason="takes a minute: set ALL_TESTS=1")
+long = pytest.mark.long
 SAME = ["--limit", "64", "--device", "cpu", "--batch-size", "16", "--log-every", "1", "--lr", "1e-3"]
 VQ = ["train_vq.py", *SAME, "--disc-start", "1000", "--restart-every", "2"]
 GPT_FLAGS = ["train_gpt.py", *SAME, "--class-dropout", "0"]
@@ -124,7 +123,7 @@ def test_what_ends_torchrun_saves_and_another_number_of_processes_goes_on(one, t
 
 
 def test_killed_at_any_moment_a_run_leaves_a_whole_checkpoint_and_goes_on(capsys):
-    kill.main(6 if ALL else 2, seed=1)
+    kill.main(6 if os.environ.get("ALL_TESTS") else 2, seed=1)
     assert "every time a whole checkpoint was there" in capsys.readouterr().out
 
 
