@@ -64,6 +64,7 @@ def run(main, get_args):
                 args = get_args()
             main(args)
         if dist.is_initialized():
+            wait_for_all()                       # the first one may still evaluate
             dist.destroy_process_group()
     except (InputError, OSError, MemoryError) as error:          # OSError: no permission, no such folder
         time.sleep(3 * (rank > 0))           # if the first one has the same to tell, torchrun ends us by then
@@ -175,12 +176,18 @@ def patient_group():
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
+@contextmanager
+def together():
+    """What all processes do at once, over their patient line."""
+    with explained("another process has ended, or did not come for a week", "see what it told", RuntimeError):
+        yield patient_group()
+
+
 def wait_for_all():
     """Under torchrun: go on when every process has come this far."""
     if rank_and_world()[1] > 1:
-        with explained("the other processes did not come as far as this one", "see what they told",
-                       RuntimeError):
-            dist.barrier(group=patient_group())
+        with together() as group:
+            dist.barrier(group=group)
 
 
 def largest(*numbers):
@@ -188,7 +195,8 @@ def largest(*numbers):
     if rank_and_world()[1] == 1:
         return numbers
     numbers = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=patient_group())
+    with together() as group:
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
     return numbers.tolist()
 
 
@@ -196,7 +204,7 @@ def summed(tensor):
     """The sum over all processes, a new tensor."""
     tensor = tensor.clone()
     if rank_and_world()[1] > 1:
-        patient_group()
+        patient_group()                          # with the second line, the first is there too
         dist.all_reduce(tensor)
     return tensor
 
@@ -222,7 +230,8 @@ def gathered(thing):
     """What each process has, a list in order of their ranks."""
     things = [thing] * rank_and_world()[1]
     if len(things) > 1:
-        dist.all_gather_object(things, thing, group=patient_group())
+        with together() as group:
+            dist.all_gather_object(things, thing, group=group)
     return things
 
 
@@ -276,7 +285,7 @@ def check_output(path, endings=(), flag="--out", reads=(), also=()):
     with explained(f"{flag} {path} cannot be written", "give another place", OSError):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         partial_name(Path(path)).touch()
-        partial_name(Path(path)).unlink()
+        partial_name(Path(path)).unlink(missing_ok=True)     # of another machine's process with this number
     return Path(path)
 
 

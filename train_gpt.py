@@ -357,7 +357,7 @@ def main(args):
                         cond, cond_mask = train(rows, forwards.get("text", text), device)
                         # Position t sees the condition and tokens 0 .. t-1 and predicts token t: the last
                         # token is only ever a target, and logits (B, N, V) come out.
-                        _, loss = forwards["gpt"](tokens[:, :-1], cond, tokens, cond_mask)
+                        loss = forwards["gpt"](tokens[:, :-1], cond, tokens, cond_mask)[1]
                     # Gradients of the parts add up; each divided by their number, they give the mean.
                     (loss / args.grad_accum).backward()
                 mean_loss += loss.detach() / args.grad_accum

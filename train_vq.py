@@ -136,7 +136,9 @@ def generator_loss(fake, kind="hinge"):
 def adaptive_weight(reconstruction_loss, adversarial_loss, last_layer):
     """Scale the adversary so that its gradient at the last layer is as long as the reconstruction's (VQGAN
     eq. 7):  lambda = |d L_rec| / (|d L_gan| + 1e-4), both with respect to last_layer, at most 1e4."""
-    length = lambda loss: torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+    # summed: under torchrun each process has the gradient of its own pictures.
+    length = lambda loss: (summed(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]) /
+                           rank_and_world()[1]).norm()
     return (length(reconstruction_loss) / (length(adversarial_loss) + 1e-4)).clamp(0, 1e4).detach()
 
 
@@ -260,22 +262,22 @@ def main(args):
     identity, batch_size = check_same_data(args, state, train.identity()), batch_of(args, len(train))
     disc = PatchDiscriminator(args.image_size).to(device)
     best = copy.deepcopy(vq).requires_grad_(False) if args.ema else vq           # what is saved and looked at
-    nets, blocks = nn.ModuleDict({"vq": vq, "disc": disc}), (ResBlock, AttnBlock)
-    forward, judge = prepare(nets, {"vq": best}, lambda net: [part for part in net.modules() if isinstance(
-        part, blocks)], args, device).values()
+    nets = nn.ModuleDict({"vq": vq, "disc": disc})
+    blocks = lambda net: [part for part in net.modules() if isinstance(part, (ResBlock, AttnBlock))]
+    forward, judge = prepare(nets, {"vq": best}, blocks, args, device).values()
     optimizers = optimizer, disc_optimizer = adam(vq, args.lr), adam(disc, args.lr)
     # How often each entry was used, since the last line of the log and since the last restart
     used, since_restart = torch.zeros(2, config.codebook_size, device=device)
+    preview, first = Path(args.out).with_suffix(".png"), rank_and_world()[0] == 0
     # 2. Go on where the checkpoint was. It is several times as large as the model: restore leaves nothing
     if state:
         put_weights(state.pop("model"), best, args)
         restore(nets, optimizers, state, args)
-        if rank_and_world()[0] == 0:
+        if first:
             since_restart += state.pop("since_restart").to(device)
     print(f"{name}: {sum(p.numel() for p in vq.parameters()):,} parameters on {device}, products in "
           f"{fast_dtype(device)}; {len(train):,} pictures of {args.image_size}x{args.image_size} pixels -> "
           f"{(args.image_size // config.downsample) ** 2} tokens out of {config.codebook_size:,}")
-    preview, first = Path(args.out).with_suffix(".png"), rank_and_world()[0] == 0
 
     def save():
         progress.save(**training_state(nets, optimizers), model=whole_weights(best, args),

@@ -6,8 +6,8 @@ arithmetic, what the paper's sizes need.
     data parallel (DDP): each has all weights;  sharded (FSDP2, --shard): each has 1/W of the weights, their
     gradients and the optimizer's state, and collects the weights of a block only while it runs
 
-Letters: W processes, B pictures of a batch, S tokens of a sequence, N of them the picture's, D channels,
-         F hidden channels, V vocabulary, P weights.
+Letters: W processes, B pictures of a batch, M of a data set, K crops of each, S tokens of a sequence, N of a
+         picture, D channels, F hidden channels, V vocabulary, P weights.
 Paper:   data parallel (Li 2020), fully sharded (Zhao 2023), activation checkpointing (Chen 2016).
 Run:     torchrun --nproc-per-node=2 train_gpt.py --device cpu     # the same flags; --shard
          python training.py                                      # memory and days of the paper's sizes
@@ -21,7 +21,7 @@ import signal
 import sys
 import textwrap
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from files import warning
 from model import GPT, GPT_SIZES, GPTConfig
 from runs import (DEVICE_HELP, InputError, alone, check_output, counting, explained, fast_dtype, gathered,
                   largest, mixed_precision, natural, on_signals, patient_group, positive, rank_and_world,
@@ -75,8 +76,9 @@ def add_training_flags(parser, out, minutes):
     add("--ema", type=share, default=0.995, help="decay of the averaged weights that are saved; 0: off")
 
 
-# Only these flags may change between a run and its resume: they say how long, where and how fast it runs and
-# what is shown on the way, not what is learnt. (A tokenizer is known by the hash of its weights.)
+# Only these flags may change between a run and its resume: they say how long (which the learning rate
+# follows), where and how fast it runs, where its files lie, what is shown on the way; not what is learnt. (A
+# tokenizer is known by the hash of its weights.)
 MAY_CHANGE = {"out", "resume", "minutes", "steps", "device", "compile", "eval_every", "save_minutes", "shard",
               "checkpoint_activations", "log_every", "data_dir", "vq", "vgg", "lpips", "live_features",
               "cfg_scale", "temperature"}
@@ -109,11 +111,11 @@ def resume_state(args, *needed):
     if not args.resume:
         return None
     state = read_newest(out)
-    if not {"config", "started", "random", *needed} <= state.keys():
+    if not {"config", "started", "random", *needed} <= state.keys() or not {"raw", "parts"} & state.keys():
         raise InputError(f"{args.out} has no complete state to go on from: it was not written by this "
                          "script, or by an older version of it")
-    if "raw" not in state and not (shards(out, state["step"]) / ".metadata").is_file():
-        raise InputError(f"{args.out} was saved in parts, and {shards(out, state['step'])} lacks them")
+    if "raw" not in state and not (shards(out) / state["parts"] / ".metadata").is_file():
+        raise InputError(f"{args.out} was saved in parts, and {shards(out) / state['parts']} lacks them")
     for name, now in vars(args).items():
         before = state["args"].get(name, now)            # missing: a flag that is newer than the checkpoint
         same = now == before or {type(now), type(before)} == {str} and (
@@ -125,21 +127,21 @@ def resume_state(args, *needed):
     return state
 
 
-def shards(path, step):
-    """The folder with the parts of a checkpoint that was saved with --shard."""
-    return Path(path).with_suffix(".shards") / f"{step:09}"
+def shards(path):
+    """The folder for the parts of checkpoints that are saved with --shard, a folder each."""
+    return Path(path).with_suffix(".shards")
 
 
 def read_newest(path):
-    """The checkpoint, or, if that cannot be read, the one before it."""
+    """The checkpoint, or, if that cannot be read, the one before it, with "damaged"."""
     backup, mmap = path.with_suffix(".backup.pt"), rank_and_world()[1] > 1       # of many, none holds a copy
     try:
         return read_checkpoint(path, mmap)
     except InputError as error:
         if not backup.exists():
             raise
-        print(f"warning: {error}. Going on from {backup}, the save before it", file=sys.stderr)
-        return read_checkpoint(backup, mmap)
+        warning(f"{error}. Going on from {backup}, the save before it")
+        return read_checkpoint(backup, mmap) | {"damaged": True}
 
 
 def check_same_data(args, state, identity):
@@ -167,8 +169,8 @@ def shard(net, blocks, device):
         fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(
             fast_dtype(device), torch.float32, cast_forward_inputs=False))
     fully_shard(net, mesh=mesh)
-    for method in {"encode"} & set(dir(net)):            # what is called beside forward
-        register_fsdp_forward_method(net, method)
+    if hasattr(net, "encode"):                           # which restart_dead_codes calls beside forward
+        register_fsdp_forward_method(net, "encode")
 
 
 def prepare(nets, best, blocks, args, device):
@@ -179,8 +181,9 @@ def prepare(nets, best, blocks, args, device):
         shard(net, blocks(net), device)
     for name, net in nets.items():
         for block in blocks(net) if args.checkpoint_activations else []:
-            # What a block computes is forgotten, and computed again when the gradient comes by.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            # What a block computes is forgotten, and computed again, alike, when the gradient comes by.
+            again = mixed_precision(device)(block.forward)
+            block.forward = partial(checkpoint, again, use_reentrant=False)
         forwards[name] = torch.compile(net) if args.compile else net
         if world > 1 and not args.shard:
             patient_group()
@@ -206,7 +209,8 @@ def exchange(forwards, now):
 
 @contextmanager
 def aside(net, device):
-    """For a call of one of its methods in between, which no backward pass follows."""
+    """For a call of one of its methods in between, which no backward pass follows. Sharded, its blocks may be
+    in bf16, so their input is, too."""
     sharded = isinstance(net, FSDPModule)
     with mixed_precision(device) if sharded else nullcontext():
         yield
@@ -270,6 +274,7 @@ class Progress:
         self.first, self.started = self.step, time.perf_counter() - seconds
         self.now = self.saved_at = seconds       # the time that all processes agree on; that of the last save
         self.last_saved = self.step if state else None
+        self.damaged = bool(state and state.get("damaged"))      # what lies at --out
         self.begin_stretch()
 
     def __enter__(self):
@@ -296,6 +301,7 @@ class Progress:
         for file in self.path.parent.iterdir():
             if ours.fullmatch(file.name):
                 file.unlink()
+        self.remove_parts()
         if self.fresh:
             self.new_log.write_bytes(b"")
         elif self.log_path.exists():
@@ -377,48 +383,51 @@ class Progress:
     def save(self, raw, optimizer, **contents):
         """Write the checkpoint: raw and optimizer, all that training has changed, and contents. What it takes
         to go on from here is added. With --shard every process writes its part of the first two."""
-        if self.step == self.last_saved:
-            return
         self.check()
-        parts = (part.to_local() if hasattr(part, "to_local") else part for part in raw.values())
-        if any(largest(not all(part.isfinite().all() for part in parts))):
+        parts = [part.to_local() if isinstance(part, DTensor) else part for part in raw.values()]
+        if any(largest(not torch.stack([part.isfinite().all() for part in parts]).all())):
             self.give_up(self.step, "a weight")
         contents |= dict(step=self.step, seconds=self.seconds(), args=vars(self.args), random=gathered(
             {kind: stream.get_rng_state() for kind, stream in self.streams.items()}))
-        if self.rank == 0:
-            self.keep()
-        wait_for_all()
         if self.args.shard:
-            folder = shards(self.path, self.step)
+            contents["parts"] = gathered(f"{self.step:09}-{os.urandom(4).hex()}")[0]     # the first one's
+            folder = shards(self.path) / contents["parts"]
             with explained(f"{folder} cannot be written", "is there room on the disk?", CheckpointException):
-                sharded_files.save(dict(raw=raw, optimizer=optimizer), checkpoint_id=folder)
+                sharded_files.save(dict(raw=raw, optimizer=optimizer), checkpoint_id=folder,
+                                   process_group=patient_group())
         else:
             contents |= dict(raw=raw, optimizer=optimizer)
         if self.rank == 0:
+            if self.step != self.last_saved:     # at the end of a run a step may be saved a second time
+                self.keep()
             with whole_file(self.path, (OSError, RuntimeError)) as partial:      # torch.save's is the second
                 torch.save(contents, partial)
-            if self.fresh:
-                self.new_log.replace(self.log_path)
-                self.backup.unlink(missing_ok=True)              # that of the run before
-            for folder in self.path.with_suffix(".shards").glob("*"):
-                if int(folder.name) not in (self.step, self.last_saved):
-                    shutil.rmtree(folder)
-        self.fresh, self.saved_at, self.last_saved = False, self.now, self.step
+                if self.fresh:
+                    self.backup.unlink(missing_ok=True)          # that of the run before
+                    self.new_log.replace(self.log_path)
+            self.remove_parts()
+        self.fresh, self.damaged, self.last_saved = False, False, self.step
+        self.saved_at, = largest(self.seconds())
 
     def keep(self):
         """Give what is there a second name, before its name goes to the next: at no moment is there none."""
         old = (self.path, self.log_path, self.path.with_suffix(".png")) if self.fresh else (self.path,)
-        parts, parts_before = (self.path.with_suffix(end) for end in (".shards", ".previous.shards"))
-        if self.fresh and parts.exists():
-            shutil.rmtree(parts_before, ignore_errors=True)
-            parts.rename(parts_before)
-        for file in filter(Path.exists, old):
+        for file in filter(Path.exists, () if self.damaged else old):
             second = file.with_suffix(f".{'previous' if self.fresh else 'backup'}{file.suffix}")
             with whole_file(second) as partial:
                 try:
                     os.link(file, partial)
                 except OSError:                                  # a file system without links
                     shutil.copyfile(file, partial)
+
+    def remove_parts(self):
+        """Take away the parts that no checkpoint names; none if there is one that cannot be read."""
+        files = filter(Path.exists, (self.path, self.backup, self.path.with_suffix(".previous.pt")))
+        with suppress(InputError):
+            named = [read_checkpoint(file, mmap=True).get("parts") for file in files]
+            for folder in shards(self.path).glob("*-*"):
+                if folder.name not in named:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -433,8 +442,7 @@ def whole_weights(net, args):
 
 def put_weights(weights, net, args):
     """Fill `net` from a state dict that whole_weights gave."""
-    options = StateDictOptions(full_state_dict=args.shard)
-    set_model_state_dict(net, weights, options=options)
+    set_model_state_dict(net, weights, options=StateDictOptions(full_state_dict=args.shard))
 
 
 def training_state(nets, optimizers):
@@ -453,11 +461,11 @@ def restore(nets, optimizers, state, args):
         raw, optimizer = state.pop("raw"), state.pop("optimizer")
     else:
         raw, optimizer = get_state_dict(nets, started)           # of the right shapes, to be overwritten
-        folder = shards(args.out, state["step"])
-        with explained(f"{folder} cannot be read", f"go on from a copy of {args.out[:-3]}.backup.pt",
-                       CheckpointException):
-            sharded_files.load(dict(raw=raw, optimizer=optimizer), checkpoint_id=folder,
-                               no_dist=rank_and_world()[1] == 1)
+        folder, world = shards(args.out) / state["parts"], rank_and_world()[1]
+        with explained(f"{folder} cannot be read", f"copy {args.out[:-3]}.backup.pt, the save before, over "
+                       f"{args.out}", CheckpointException):
+            sharded_files.load(dict(raw=raw, optimizer=optimizer), checkpoint_id=folder, no_dist=world == 1,
+                               process_group=patient_group() if world > 1 else None)
     set_state_dict(nets, started, model_state_dict=raw, optim_state_dict=optimizer,
                    options=StateDictOptions(full_state_dict=one_file and args.shard))
 
@@ -485,17 +493,19 @@ def activation_bytes(gpt, pictures, checkpointed=False):
     D, F = gpt.config.dim, gpt.layers[0].feed_forward.w1.out_features
     block, layers = 32 * D + 8 * F, len(gpt.layers)
     per_token = 4 * D * layers + block if checkpointed else block * layers
-    S, N = gpt.rope.shape[0], gpt.config.block_size
+    S, N = gpt.rope.shape[0] - 1, gpt.config.block_size          # the last token is not an input
     return pictures * (S * per_token + N * (10 * D + 4 * gpt.config.vocab_size))
 
 
 def memory(gpt, pictures, parts=1, checkpointed=False, ema=False):
     """Bytes on each GPU with `pictures` of the batch on it, AdamW, and 1 / parts of the state (DDP: 1)."""
     P, block, _ = sizes(gpt)
-    # Beside its part of all: in bf16 the weights of this block and of the next, or of all blocks, which
-    # autocast keeps; the float32 gradients of the block that is being summed up; logits in bf16 and float32.
-    working = (4 * block + 4 * block if parts > 1 else 2 * P) + (
-        6 * pictures * gpt.config.block_size * gpt.config.vocab_size)
+    root = P - len(gpt.layers) * block                   # embeddings, output
+    # Beside its part of all: in bf16 the weights of this block and of the next, and in float32 the gradients
+    # of the one that is being summed up, the root and its gradients; or, in bf16, all weights, which autocast
+    # keeps. Of the logits, beside log p, two gradients in float32.
+    working = (4 * block + 4 * block + 8 * root if parts > 1 else 2 * P) + (
+        8 * pictures * gpt.config.block_size * gpt.config.vocab_size)
     return {"weights": 4 * P / parts, "gradients": 4 * P / parts, "optimizer": 8 * P / parts,
             "average": 4 * P / parts * ema, "working copies": working,
             "activations": activation_bytes(gpt, pictures, checkpointed)}
@@ -504,14 +514,14 @@ def memory(gpt, pictures, parts=1, checkpointed=False, ema=False):
 def training_flops(gpt, pictures):
     """Multiplications and additions to learn from so many pictures: 2 for each weight and token forward, and
     twice that backward; attention has 2 products of S x S / 2 (causal) x D in each layer."""
-    S, c = gpt.rope.shape[0], gpt.config
+    S, c = gpt.rope.shape[0] - 1, gpt.config
     return 3 * pictures * (2 * sizes(gpt)[2] * S + 2 * 2 * S * S / 2 * c.dim * len(gpt.layers))
 
 
 def table():
     """The lines of the README's table."""
-    yield "GB on each GPU: batch 256, 256 tokens a picture, AdamW, no average (with --checkpoint-activations)"
-    yield "size     weights  DDP on 8       --shard on 8   on 32         300 epochs  at 40 %    authors  used"
+    yield "GB on each GPU: batch 256, 256 tokens, AdamW, --ema 0 (in brackets with --checkpoint-activations)"
+    yield "size     weights  DDP on 8       --shard on 8   on 32         300 epochs  8 at 40 %  authors  used"
     for name, gpus, days in (("GPT-B", 8, 1), ("GPT-L", 8, 2), ("GPT-XL", 16, 3), ("GPT-XXL", 32, 4),
                              ("GPT-3B", 32, 5)):
         with torch.device("meta"):
@@ -521,7 +531,7 @@ def table():
                 for W, parts in ((8, 1), (8, 8), (32, 32))]
         flops, day = training_flops(gpt, 300 * 1_281_167), 86400 * A100
         yield (f"{name:8} {sizes(gpt)[0] / 1e6:5,.0f}M  {'  '.join(need)}  {flops / 1e18:6,.0f} EFLOP "
-               f"{flops / (3.2 * day):5.1f} days  {gpus:2} x {days} d  {flops / (gpus * days * day):3.0%}")
+               f"{flops / (8 * 0.4 * day):5.1f} days  {gpus:2} x {days} d  {flops / (gpus * days * day):.0%}")
     for name, M, K in (("ImageNet", 1_281_167, 10), ("ImageNet", 1_281_167, 20), ("LAION", 50_000_000, 1)):
         yield f"codes of {name}: {M:,} x {K} crops x 256 tokens x 2 bytes = {M * K * 512 / 1e9:.1f} GB"
 

@@ -21,7 +21,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
-    config.addinivalue_line("markers", "long: takes a minute or more; runs if ALL_TESTS is set, as in .ci/run")
+    config.addinivalue_line("markers", "long: takes a minute; runs if ALL_TESTS is set, as in .ci/run")
 
 
 def pytest_collection_modifyitems(items):

@@ -425,3 +425,46 @@ def test_every_file_is_opened_with_its_encoding():
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             text = any(call in line for call in (".read_text(", ".write_text(", 'open(path, "a"'))
             assert not text or "utf-8" in line, f"{path.name}:{number}"
+
+
+# what a killed run leaves
+
+def test_a_damaged_checkpoint_is_told_and_the_save_before_it_goes_on(tmp_path, capsys):
+    whole = run_vq(tmp_path, "--steps", "4", "--eval-every", "1")["raw"]
+    assert torch.load(tmp_path / "vq.backup.pt", weights_only=True)["step"] == 3
+    (tmp_path / "vq.pt").write_bytes((tmp_path / "vq.pt").read_bytes()[:1000])      # a disk that lost its end
+    again = run_vq(tmp_path, "--steps", "4", "--eval-every", "1", "--resume")["raw"]
+    assert "vq.pt cannot be read" in capsys.readouterr().err
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "vq.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 4]                              # each once, and the last one's evaluation
+
+
+def test_half_written_files_of_this_run_and_lines_after_its_last_save_are_taken_away(tmp_path):
+    run_vq(tmp_path, "--steps", "2")
+    log = (tmp_path / "vq.jsonl").read_text()
+    (tmp_path / "vq.jsonl").write_text(log + json.dumps({"step": 3, "l2": 0.5}) + '\n{"step": 4, "l')
+    ours = ["vq.77.partial.pt", "vq.backup.77.partial.pt", "vq.77.partial.png", "vq.previous.8.partial.jsonl"]
+    others = ["vq.large.77.partial.pt", "gpt.77.partial.pt", "vq.77.partial.txt"]
+    for name in ours + others:
+        (tmp_path / name).write_bytes(b"half")
+    run_vq(tmp_path, "--steps", "3", "--resume")
+    assert {path.name for path in tmp_path.glob("*.partial.*")} == set(others)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "vq.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 2, 3, 3]
+
+
+def test_saves_come_by_the_clock_as_well_as_by_steps(tmp_path, monkeypatch):
+    saved = []
+
+    class Noted(Progress):
+        def save(self, **contents):
+            saved.append(self.step)
+            super().save(**contents)
+    monkeypatch.setattr(train_vq, "Progress", Noted)
+    run_vq(tmp_path, "--steps", "3", "--eval-every", "1000", "--save-minutes", "1e-9")
+    assert saved == [1, 2, 3, 3]                                 # and at the end
+    assert torch.load(tmp_path / "vq.backup.pt", weights_only=True)["step"] == 2
+    saved.clear()
+    run_vq(tmp_path / "new", "--steps", "3", "--eval-every", "2")
+    assert saved == [2, 3]
