@@ -167,7 +167,7 @@ def restart_dead_codes(vq, counts, images):
     with aside(vq, images.device):
         z = F.normalize(vq.encode(images).float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)  # (B N, C)
     z, weight = joined(z), vq.quantize.embedding.weight
-    codes = F.normalize(whole(weight).float(), dim=-1)                                       # (V, C)
+    codes = whole(vq.quantize.codes())                                                       # (V, C)
     distance = 2 - 2 * (z @ codes.T).amax(dim=1)                                     # |z - e|^2 on the sphere
     # Of NaN nothing can be drawn. A run with NaN latents is past saving, which its next loss will show.
     chance = distance.nan_to_num(0).clamp(min=1e-6)                                          # (B N,)
