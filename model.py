@@ -8,14 +8,18 @@ Shapes: B images, R sequences (B, or 2 B with guidance), T tokens given so far, 
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2. RMSNorm (Zhang 2019), SwiGLU (Shazeer 2020), RoPE (Su 2021).
 Run:    python model.py              # the shapes of one forward pass
 """
+import copy
 import math
+import warnings
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from runs import InputError, build, check_tensor, explained, read_checkpoint, read_config
+from runs import InputError, build, check_tensor, explained, free_memory, read_checkpoint, read_config
 
 
 @dataclass
@@ -123,8 +127,7 @@ class RMSNorm(nn.Module):
 class KVCache:
     """The keys and values of one layer for R sequences, each (R, G, L + N, d), filled from left to right.
 
-    What a token looks at does not change when others follow it, so its key and value are computed once. The
-    shape changes in keep_first only: nothing is allocated while decoding, a compiled step serves all places.
+    What a token looks at does not change when others follow it, so its key and value are computed once.
     """
 
     def __init__(self, R, G, length, d, dtype, device):
@@ -132,14 +135,24 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
 
     def update(self, place, k, v):
-        """Write k and v (R, G, S, d) to these places (S,) of the sequence; returns all of it, full length."""
-        self.k.index_copy_(2, place, k.to(self.k.dtype))
-        self.v.index_copy_(2, place, v.to(self.v.dtype))
-        return self.k, self.v
+        """Write k and v (R, G, S, d) to the places of the sequence; returns what there is to look at.
 
-    def keep_first(self, R):
-        """Forget all but the first R sequences."""
-        self.k, self.v = self.k[:R], self.v[:R]
+        place  a slice: then all up to its end, so that nothing empty is read; or a tensor (S,): then the full
+               length, of which a mask has to hide what is empty, but all steps have the same shapes
+        """
+        self.k[:, :, place] = k.to(self.k.dtype)
+        self.v[:, :, place] = v.to(self.v.dtype)
+        end = place.stop if isinstance(place, slice) else None
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def first(self, R):
+        """The first R sequences, in the same memory, where a CUDA graph may write to without a copy."""
+        few = copy.copy(self)
+        few.k, few.v = self.k[:R], self.v[:R]
+        if self.k.device.type == "cuda":
+            torch._dynamo.mark_static_address(few.k)
+            torch._dynamo.mark_static_address(few.v)
+        return few
 
 
 class Attention(nn.Module):
@@ -161,8 +174,9 @@ class Attention(nn.Module):
         # q (B, H, S, d)   k, v (B, G, S, d)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.update(place, k, v)             # the mask hides the places that are still empty
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+            k, v = cache.update(place, k, v)
+        # A query that is alone sees all that there is: it came last.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1,
                                            enable_gqa=self.n_kv_head != self.n_head)
         return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2)))
 
@@ -250,7 +264,7 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("uncond_embedding", null)           # a buffer, so no optimizer ever sees it
 
     def forward(self, cond):                                     # cond (B, L, E)
-        cond = cond.to(self.cap_proj.fc1.weight.dtype)
+        cond = cond.to(self.uncond_embedding.dtype)
         if self.training and self.dropout > 0:
             dropped = torch.rand(cond.shape[0], 1, 1, device=cond.device) < self.dropout
             cond = torch.where(dropped, self.uncond_embedding.to(cond.dtype), cond)
@@ -276,6 +290,7 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.rope = rope_table(config)
+        self.idle_caches = []                               # see take_caches
 
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -340,26 +355,124 @@ class GPT(nn.Module):
     # Decoding with a cache: `prefill` once, then `step` for every further token. sample.py drives them.
 
     def new_caches(self, R):
-        """An empty KVCache for each layer, for R sequences."""
-        attention, weight = self.layers[0].attention, self.output.weight
-        return [KVCache(R, attention.n_kv_head, self.rope.shape[0], attention.head_dim, weight.dtype,
-                        weight.device) for _ in self.layers]
+        """A KVCache for each layer, for R sequences."""
+        attention, like = self.layers[0].attention, self.tok_embeddings.weight
+        return [KVCache(R, attention.n_kv_head, self.rope.shape[0], attention.head_dim, like.dtype,
+                        like.device) for _ in self.layers]
+
+    def take_caches(self, R):
+        """Those of the last pictures, if they are large enough, or new ones. Whoever draws takes them out of
+        idle_caches and puts them back at the end: a second thread makes its own meanwhile."""
+        like = self.tok_embeddings.weight
+        kept = self.idle_caches.pop() if self.idle_caches else None
+        if kept and len(kept[0].k) >= R and kept[0].k.dtype == like.dtype and kept[0].k.device == like.device:
+            return kept
+        del kept                                                 # before others take its place
+        return self.new_caches(R)
+
+    def compile_step(self):
+        """One graph for the decoding step, which serves all places. On a GPU it is recorded once and then
+        replayed without Python, as a CUDA graph."""
+        mode = "reduce-overhead" if self.norm.weight.device.type == "cuda" else None
+        self.step = torch.compile(self.step, fullgraph=True, dynamic=False, mode=mode)
 
     def prefill(self, tokens, cond, mask, caches):
         """Run condition and given tokens (R, T) at once, filling the caches; logits (R, V) of token T."""
         x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (R, S, D)
-        return self.advance(x, torch.arange(x.shape[1], device=x.device), mask, caches)
+        return self.advance(x, slice(0, x.shape[1]), mask, caches)
 
     def step(self, token, place, mask, caches):
-        """Run one token (R,) at its place in the sequence, L + its index, a tensor (1,); logits (R, V) of the
-        token after it."""
+        """Run one token (R,) at its place in the sequence, L + its index, as a slice or a tensor (1,), see
+        KVCache.update; logits (R, V) of the token after it. mask: attention_mask's; None: all is seen."""
         return self.advance(self.tok_embeddings(token)[:, None], place, mask, caches)
 
-    def advance(self, x, place, mask, caches):                   # x (R, S, D), place (S,)
-        rope, mask = self.rope[place], mask.index_select(-2, place)
+    def advance(self, x, place, mask, caches):                   # x (R, S, D), S places
+        rope = self.rope[place]                                  #   (S, d/2, 2)
+        if mask is not None:
+            mask = mask[..., place, :place.stop if isinstance(place, slice) else None]
         for layer, cache in zip(self.layers, caches):
             x = layer(x, rope, mask, cache, place)
         return self.output(self.norm(x[:, -1])).float()          #   (R, V)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Linear layers for decoding. A step multiplies every weight with a few rows only and takes the time of
+# reading the weights: what counts is how they lie in memory, and how many bytes they are.
+
+class PackedLinear(nn.Module):
+    """A linear layer laid out in blocks, as oneDNN reads them, in float32 or bf16. PyTorch's own float32
+    product on CPUs is made for hundreds of rows, and for a few takes twice to three times as long."""
+
+    def __init__(self, linear, dtype=None):
+        super().__init__()
+        self.dtype = dtype or linear.weight.dtype
+        weight = linear.weight.detach().to(self.dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def forward(self, x):
+        y = torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, None, "none", [], "")
+        return y.to(x.dtype)
+
+
+class Int8Linear(nn.Module):
+    """y = W x with the weights in 8 bits: W ~ scale q, q whole numbers, scale = max |row| / 127 per row.
+
+    On a CPU x is rounded to 8 bits as well, and the product is one of whole numbers. On a GPU q becomes
+    floats again on its way to the multiplier: torch.compile makes one kernel of that.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127                          # (out,)
+        q = (weight / scale[:, None]).round().to(torch.int8)                             # (out, in)
+        self.on_cpu = q.device.type == "cpu"
+        # One scale serves all rows of x. Those that an RMSNorm made are alike; of the products that w2 reads
+        # some are many times as large as others, and each row is brought to length 1 first.
+        self.uneven = linear.in_features > linear.out_features
+        if self.on_cpu:
+            with warnings.catch_warnings(action="ignore"):       # the type is to leave PyTorch after 2.13
+                q = torch._make_per_channel_quantized_tensor(q, scale.double(), 0 * q[:, 0].long(), 0)
+            self.packed = torch.ops.quantized.linear_prepack(q, None)
+            # Without VNNI, pairs of products are added in 16 bits: 7 bits of x keep them from overflow.
+            self.reduce_range = not torch.cpu.get_capabilities().get("avx512_vnni", False)
+        else:
+            self.register_buffer("q", q, persistent=False)
+            self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, x):
+        if not self.on_cpu:
+            return F.linear(x, self.q.to(x.dtype)) * self.scale.to(x.dtype)
+        if not self.uneven:
+            y = torch.ops.quantized.linear_dynamic(x.float(), self.packed, self.reduce_range)
+            return y.to(x.dtype)
+        length = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
+        y = torch.ops.quantized.linear_dynamic((x / length).float(), self.packed, self.reduce_range)
+        return (y * length).to(x.dtype)
+
+
+def with_linears(module, make):
+    """A copy of a module with make(linear) in place of each linear layer; everything else is shared."""
+    if isinstance(module, nn.Linear):
+        return make(module)
+    twin = copy.copy(module)
+    twin._modules = {name: with_linears(child, make) for name, child in module._modules.items()}
+    return twin
+
+
+def packed(gpt):
+    """The same GPT with packed linear layers, where oneDNN has them and there is room for a second copy."""
+    device, size = gpt.norm.weight.device, sum(weight.nbytes for weight in gpt.parameters())
+    fits = device.type == "cpu" and torch.backends.mkldnn.is_available() and 2 * size < free_memory(device)
+    return with_linears(gpt, PackedLinear) if fits else gpt
+
+
+def quantize(gpt, bits=8):
+    """A GPT to sample from with all linear layers in int8 (bits = 8) or, on a CPU, bf16 (16): a quarter or a
+    half of float32's bytes. Embeddings, norms, caches and sums stay as they were, so does `gpt`."""
+    if bits not in (8, 16):
+        raise InputError(f"bits={bits}: linear layers can have 8 or 16")
+    return with_linears(gpt, Int8Linear if bits == 8 else partial(PackedLinear, dtype=torch.bfloat16))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -384,13 +497,14 @@ def infer_gpt_config(weights, image_size, path):
         return GPTConfig(**config, num_classes=weights["cls_embedding.embedding_table.weight"].shape[0] - 1)
 
 
-def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32, checkpoint=None):
+def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32, checkpoint=None, bits=None):
     """A GPT in eval mode from this project's checkpoint or from a released file (c2i_L_384.pt,
     t2i_XL_stage1_256.pt, ...).
 
     image_size  pixels; for released files, whose grid is image_size // 16 on a side (None: 256). This
                 project's own checkpoints know their grid
     checkpoint  what read_checkpoint(path) gave, if the file has been read already
+    bits        8 or 16: through quantize, layer by layer, so that the file may be larger than the memory
     """
     checkpoint = checkpoint or read_checkpoint(path, mmap=True)
     weights = checkpoint["model"]
@@ -400,7 +514,13 @@ def load_gpt(path, image_size=None, device="cpu", dtype=torch.float32, checkpoin
               infer_gpt_config(weights, image_size or 256, path))
     if image_size and (image_size // 16) ** 2 != config.block_size:
         raise InputError(f"{path} makes {config.block_size} tokens per image: leave the image size out")
-    return build(GPT, config, weights, path, device, dtype)
+    if not bits:
+        return build(GPT, config, weights, path, device, dtype)
+    gpt = quantize(build(GPT, config, weights, path, device, copy=False), bits)
+    for tensor in chain(gpt.parameters(), gpt.buffers()):        # what is left of the file
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype, copy=True)
+    return gpt
 
 
 if __name__ == "__main__":

@@ -379,6 +379,16 @@ def fast_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
+def free_memory(device):
+    """Bytes that a run may still take on this device, without what other programs hold."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, ValueError):                          # Linux
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return 4 * 2 ** 30
+
+
 @contextmanager
 def mixed_precision(device):
     """Matrix products in fast_dtype, weights in float32."""
@@ -463,11 +473,12 @@ def fill_weights(model, weights, path, assign=False):
     return model
 
 
-def build(model_class, config, weights, path, device, dtype):
+def build(model_class, config, weights, path, device, dtype=None, copy=True):
     """model_class(config) in eval mode with these weights, on the device in the dtype asked for. It is made
     without memory (on the meta device) and takes over copies of the weights, one tensor at a time: with
-    memory-mapped weights no more than the finished model is ever held. Left out are the tables, masks, caches
-    and counters that some versions save beside the layers; what is in a layer would change what it does."""
+    memory-mapped weights no more than the finished model is ever held (copy=False: not even that). Left out
+    are the tables, masks, caches and counters that some versions save beside the layers; what is in a layer
+    would change what it does."""
     with explained(f"{path} cannot be loaded"):
         with torch.device("meta"):
             model = model_class(config)
@@ -477,7 +488,7 @@ def build(model_class, config, weights, path, device, dtype):
             if name in own or last in ("weight", "bias") or f"{layer}.weight" in own:
                 if not weight.is_floating_point():
                     raise InputError(f"{path} holds quantised weights: pass what they were made from")
-                copies[name] = weight.to(device=device, dtype=dtype, copy=True)
+                copies[name] = weight.to(device=device, dtype=dtype, copy=copy)
         return fill_weights(model, copies, path, assign=True).to(device).eval()
 
 

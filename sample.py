@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from data import PICTURE_NAMES, image_grid, imagenet_names, save_picture
 from files import text_lines, warning
-from model import load_gpt
+from model import load_gpt, packed
 from runs import (DEVICE_HELP, InputError, SharedArray, alone, check_compile, check_output, check_tensor,
-                  counting, explained, fast_dtype, finite, flag_parser, natural, not_negative, number,
+                  counting, explained, fast_dtype, finite, flag_parser, free_memory, largest,
+                  natural, not_negative, number,
                   pick_device, rank_and_world, read_checkpoint, run, short_hash, wait_for_all, weights_hash,
                   whole_file)
 from text import Captions, Classes, pretrained_text_encoder, tiny_text_encoder_from
@@ -66,6 +67,14 @@ def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
 
 
+def guide(logits, cfg_scale):
+    """Classifier-free guidance: from logits (2 B, V), first the conditional and then the unconditional rows,
+    to  uncond + s (cond - uncond),  (B, V): away from what the model would draw whatever it was asked for.
+    """
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + cfg_scale * (conditional - unconditional)
+
+
 @torch.no_grad()
 def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0,
              prefix=None, generator=None):
@@ -88,8 +97,7 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
     P = 0 if prefix is None else check_tensor("prefix", prefix, (B, "P"), cond.device, gpt.config.vocab_size,
                                               wait=True, most=N)
     tokens = torch.zeros(B, N, dtype=torch.long, device=cond.device)
-    if P:
-        tokens[:, :P] = prefix
+    tokens[:, :P] = prefix if P else 0
     if P == N:
         return tokens
 
@@ -102,29 +110,31 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
         cond = torch.cat([cond, gpt.cls_embedding.null(cond)])               # (R, ...)
         # The null caption is seen through the same mask, as in the training of the released models.
         cond_mask = cond_mask if cond_mask is None else twice(cond_mask)
-    # All that has a size is made here, once: until guidance ends (keep_first) every step has the same shapes,
-    # so it is compiled once; and nothing is copied to the CPU before the last token is drawn.
-    mask = gpt.attention_mask(cond_mask)
-    caches = gpt.new_caches(len(cond))
-    places = torch.arange(L + N, device=cond.device)
+    # A CPU reads what is filled of the caches and no more. On a GPU, and in a step that was compiled (which
+    # hides the class's own), no shape changes and a mask hides what is empty: one graph serves all places.
+    # Nothing is copied to the CPU before the last token is drawn.
+    static = "step" in vars(gpt) or cond.device.type == "cuda"
+    gpt = gpt if static else packed(gpt)
+    mask = gpt.attention_mask(cond_mask) if static or cond_mask is not None else None
+    kept = gpt.take_caches(len(cond))
+    caches = [cache.first(len(cond)) for cache in kept]
+    places = torch.arange(L + N, device=cond.device).split(1)
 
     logits = gpt.prefill(twice(tokens[:, :P]) if guided else tokens[:, :P], cond, mask, caches)      # (R, V)
     for i in range(P, N):                                        # logits are those of token i
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + cfg_scale * (conditional - unconditional)           # (B, V)
+        logits = guide(logits, cfg_scale) if guided else logits  # (B, V)
         newest = tokens[:, i] = draw(logits, temperature, top_k, top_p, generator)
         if i == N - 1:
             break
         # The released code asks whether step i, which reads token i and makes token i + 1, is past the
         # interval; token 0 comes from the prefill, before any step. So the last guided one is token i + 1.
         if guided and cfg_interval > -1 and i > cfg_interval:
-            # Drop the unconditional half instead of computing it and throwing it away.
-            guided = False
-            for cache in caches:
-                cache.keep_first(B)
-            mask = mask[:B] if mask.ndim == 4 else mask
-        logits = gpt.step(twice(newest) if guided else newest, places[L + i:L + i + 1], mask, caches)
+            guided = False               # drop the unconditional half, do not compute it and throw it away
+            caches = [cache.first(B) for cache in caches]
+            mask = mask if cond_mask is None else mask[:B]
+        place = places[L + i] if static else slice(L + i, L + i + 1)
+        logits = gpt.step(twice(newest) if guided else newest, place, mask, caches)
+    gpt.idle_caches[:] = [kept]                                  # for the next pictures
     return tokens
 
 
@@ -134,10 +144,16 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
 def load_models(args, device):
     """The GPT, its tokenizer, its text encoder (None if it draws classes), the names of its classes, and
     whether it is our own or a released one. One line if they do not belong together."""
-    checkpoint = read_checkpoint(args.gpt, mmap=True)
     # A GPU reads bf16 weights in half the time; on the CPU float32 gives nearly the same on every machine.
     dtype = fast_dtype(device) if device.type == "cuda" else torch.float32
-    gpt = load_gpt(args.gpt, args.image_size, device, dtype, checkpoint)
+    on_cpu = device.type == "cpu"
+    if args.bf16 and fast_dtype(device) != torch.bfloat16:
+        raise InputError(f"--bf16: {device} has no instructions that multiply bf16: leave it out, or --int8")
+    if on_cpu and args.compile and (args.int8 or args.bf16):
+        raise InputError("--compile is for GPUs: on a CPU, --int8 and --bf16 are faster without it")
+    bits = 8 if args.int8 else 16 if args.bf16 and on_cpu else None
+    checkpoint = read_checkpoint(args.gpt, mmap=True)
+    gpt = load_gpt(args.gpt, args.image_size, device, dtype, checkpoint, bits)
     vq = load_tokenizer(args.vq, device)
     apart = f"{args.gpt} and {args.vq} do not belong together: the GPT "
     if vq.config.codebook_size != gpt.config.vocab_size:
@@ -216,9 +232,24 @@ def balanced(chosen, args):
 # ------------------------------------------------------------------------------------------------------------
 # Drawing
 
+def fitting_batch(gpt, cfg_scale, device):
+    """How many pictures are drawn at the same time if nobody says so: 100, or of 64, 32, ..., 1 as many as
+    have their keys, values and logits in half of the free memory. Processes agree on the least.
+
+    Few sizes to choose from: the size decides which random numbers a picture gets, so that the same command
+    should choose the same on another day.
+    """
+    c, rows = gpt.config, 1 + (cfg_scale != 1)
+    heads = (c.n_kv_head or c.n_head) * c.dim // c.n_head
+    cache = 2 * c.n_layer * gpt.rope.shape[0] * heads * gpt.tok_embeddings.weight.element_size()
+    each = rows * (cache + 4 * 4 * c.vocab_size)                 # bytes; four copies of the logits in float32
+    fits = -largest(-(free_memory(device) // 2 // each))[0]
+    return next(size for size in (100, 64, 32, 16, 8, 4, 2, 1) if size <= max(fits, 1))
+
+
 def sample_batch(models, conditions, rows, batch, args, device):
-    """Pictures of these classes or prompts (B,), uint8 (B, H, W, 3). The random numbers come from --seed and
-    the batch's number alone, so it does not matter which process draws it, or when."""
+    """Pictures of these classes or prompts (B,), uint8 (B, H, W, 3) on the device. The random numbers come
+    from --seed and the batch's number alone: it does not matter which process draws it, or when."""
     gpt, vq, text = models
     # Neighbouring seeds and batches must not give similar streams: SeedSequence mixes the two numbers well.
     seed = np.random.SeedSequence((args.seed, batch)).generate_state(1, np.uint64).item()
@@ -227,27 +258,49 @@ def sample_batch(models, conditions, rows, batch, args, device):
         cond, cond_mask = conditions(rows, text, device)
     tokens = generate(gpt, cond, cond_mask, args.cfg_scale, args.cfg_interval, args.temperature, args.top_k,
                       args.top_p, generator=generator)                       # (B, N)
-    return to_pictures(vq, tokens, args.image_size_eval).cpu().numpy()
+    return to_pictures(vq, tokens, args.image_size_eval)
+
+
+def start_copy(pictures):
+    """Let a GPU copy pictures (B, H, W, 3) to the CPU as soon as they are drawn, while Python goes on to
+    the next batch. Returns the copy and the event to wait for, None if it is there."""
+    if pictures.device.type != "cuda":
+        return pictures, None
+    host = torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True)
+    host.copy_(pictures, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record()
+    return host, there
 
 
 def sample_all(models, conditions, rows, images, args, device, array=None):
     """Fill `images` (M, H, W, 3) batch by batch and print the speed. array: the SharedArray that they are in,
     if this process is to draw only its part of the batches."""
-    size, started, count = args.batch_size, time.perf_counter(), 0
-    batches = range(-(-len(rows) // size)) if array is None else array.mine
-    for batch in tqdm(batches, desc="sampling", unit=" batches"):
-        place = slice(batch * size, (batch + 1) * size)
-        # A smaller last batch would be compiled anew and draw other numbers: it is filled up, then cut.
-        full = np.resize(rows[place], min(size, len(rows)))
-        images[place] = sample_batch(models, conditions, full, batch, args, device)[:len(rows[place])]
+    size, started, count, waiting = args.batch_size, time.perf_counter(), 0, []
+    part = lambda batch: slice(batch * size, (batch + 1) * size)
+
+    def keep(batch, host, there):
+        if there is not None:
+            there.synchronize()
+        images[part(batch)] = host.numpy()[:len(rows[part(batch)])]
         if array is not None:
             array.done[batch] = SharedArray.DONE
-        count += len(rows[place])
+
+    batches = range(-(-len(rows) // size)) if array is None else array.mine
+    for batch in tqdm(batches, desc="sampling", unit=" batches"):
+        # A smaller last batch would be compiled anew and draw other numbers: it is filled up, then cut.
+        full = np.resize(rows[part(batch)], min(size, len(rows)))
+        waiting.append((batch, *start_copy(sample_batch(models, conditions, full, batch, args, device))))
+        count += len(rows[part(batch)])
+        if device.type != "cuda" or len(waiting) > 1:        # a GPU draws while the batch before is written
+            keep(*waiting.pop(0))
+    for batch in waiting:
+        keep(*batch)
     seconds = time.perf_counter() - started
     if count:
         speed, N = count / seconds, models[0].config.block_size
-        print(f"{count} images in {seconds:.1f} s on {device}: {speed * N:,.0f} tokens/s, "
-              f"{speed:.2f} images/s")
+        print(f"{count} images in {seconds:.1f} s on {device}, {min(size, len(rows))} at a time: "
+              f"{speed * N:,.0f} tokens/s, {speed:.2f} images/s")
 
 
 def sample_grid(models, conditions, chosen, per_class, side, args, device):
@@ -273,7 +326,8 @@ def sample_npz(models, conditions, rows, side, args, device):
     # The key of unfinished work: the models' files and every flag that changes a picture.
     files = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in (args.gpt, args.vq)]
     key = short_hash([files, args.seed, args.batch_size, args.cfg_scale, args.cfg_interval, args.temperature,
-                      args.top_k, args.top_p, args.image_size, args.text_encoder, side, rows.tolist(), words])
+                      args.top_k, args.top_p, args.image_size, args.text_encoder, args.int8, args.bf16, side,
+                      rows.tolist(), words])
     whole = path.with_name(f"{path.name}.{key}.arr_0")
     drawn = whole.exists()                                       # interrupted while packing
     wait_for_all()
@@ -322,10 +376,14 @@ def get_args(argv=None):
     add("--top-k", type=natural, default=0, help="draw from the k likeliest tokens; 0: from all")
     add("--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1), default=1.0,
         help="draw from the likeliest tokens of this share")
-    add("--batch-size", type=counting, default=100, help="pictures drawn at the same time")
+    add("--batch-size", type=counting,
+        help="pictures drawn at the same time; if left out 100, or what fits into half of the free memory")
     add("--seed", type=natural, default=0, help="same seed and batch size, same pictures on this device")
     add("--device", help=DEVICE_HELP)
-    add("--compile", action="store_true", help="torch.compile one decoding step: slow start, faster steps")
+    add("--compile", action="store_true", help="torch.compile one decoding step: slow start, for GPUs")
+    low = parser.add_mutually_exclusive_group()
+    low.add_argument("--int8", action="store_true", help="the GPT's matrices in 8 bits, a quarter")
+    low.add_argument("--bf16", action="store_true", help="in bf16, if this CPU multiplies it; GPUs always do")
     return parser.parse_args(argv)
 
 
@@ -338,8 +396,10 @@ def main(args):
     args.cfg_scale = cfg_scale if args.cfg_scale is None else args.cfg_scale
     args.temperature = temperature if args.temperature is None else args.temperature
     side = args.image_size_eval or math.isqrt(gpt.config.block_size) * vq.config.downsample
+    args.batch_size = args.batch_size or fitting_batch(gpt, args.cfg_scale, device)
     if args.compile:
-        gpt.step = torch.compile(gpt.step, fullgraph=True, dynamic=False)
+        gpt.compile_step()
+    gpt = gpt if args.compile else packed(gpt)                   # once, not again for each batch
     if text is None and (args.prompts or args.prompts_file):
         raise InputError(f"{args.gpt} draws classes, not prompts: use --classes, or train with --cond text")
     if text and args.classes:

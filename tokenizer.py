@@ -89,9 +89,10 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):                                        # x    (B, D, h, w)
         y = self.norm(x)
-        flat = lambda t: t.flatten(2).transpose(1, 2)           # (B, D, h, w) -> (B, N, D), what SDPA expects
+        # (B, D, h, w) -> (B, 1, N, D): without an axis of heads PyTorch's fused attention is not used.
+        flat = lambda t: t.flatten(2).transpose(1, 2)[:, None]
         y = F.scaled_dot_product_attention(flat(self.q(y)), flat(self.k(y)), flat(self.v(y)))
-        return x + self.proj_out(y.transpose(1, 2).reshape(x.shape))
+        return x + self.proj_out(y[:, 0].transpose(1, 2).reshape(x.shape))
 
 
 class Downsample(nn.Module):
@@ -213,8 +214,10 @@ class VectorQuantizer(nn.Module):
         return F.normalize(self.embedding.weight.float(), dim=-1)
 
     def nearest(self, z, codes):                                 # z    (B, N, C) unit vectors
-        # On the unit sphere |z - e|^2 = 2 - 2 z.e, so argmin of the distance = argmax of one matmul.
-        return (z @ codes.T).argmax(dim=-1)                      #      (B, N)
+        # On the unit sphere |z - e|^2 = 2 - 2 z.e, so argmin of the distance = argmax of a matmul; in blocks,
+        # or the products of all B N vectors with all V codes would be the largest tensor of all.
+        blocks = z.flatten(0, 1).split(max(1, 2 ** 24 // len(codes)))
+        return torch.cat([(block @ codes.T).argmax(dim=-1) for block in blocks]).view(z.shape[:2])   # (B, N)
 
     def forward(self, z):                                        # z    (B, C, h, w)
         # Unit vectors of neighbouring entries differ by less than bf16 resolves: no autocast in here.
@@ -281,9 +284,10 @@ class VQModel(nn.Module):
         z = self.encode(images).float().flatten(2).transpose(1, 2)
         return self.quantize.nearest(F.normalize(z, dim=-1), self.quantize.codes())
 
-    def detokenize(self, tokens, grid=None):
-        """tokens (B, N) -> images (B, 3, H, W); grid = (h, w), a square when left out."""
-        check_tensor("tokens", tokens, ("B", "N"), ids=self.config.codebook_size, wait=True)
+    def detokenize(self, tokens, grid=None, wait=True):
+        """tokens (B, N) -> images (B, 3, H, W); grid = (h, w), a square when left out; wait: see
+        check_tensor."""
+        check_tensor("tokens", tokens, ("B", "N"), ids=self.config.codebook_size, wait=wait)
         h, w = grid or (math.isqrt(tokens.shape[1]),) * 2
         if h * w != tokens.shape[1] or not h * w:
             raise InputError(f"{tokens.shape[1]} tokens do not fill a {h}x{w} grid: pass grid=(h, w)")
@@ -368,7 +372,7 @@ def to_pictures(vq, tokens, side=None):
     numbers, bicubic without antialiasing, as the paper's samples at 384 pixels were brought to 256."""
     pictures, H = [], math.isqrt(tokens.shape[1]) * vq.config.downsample
     for block in tokens.split(pass_size(H, H)):
-        images = vq.detokenize(block).float()                    # (B, 3, H, W), about -1 .. 1
+        images = vq.detokenize(block, wait=False).float()        # (B, 3, H, W), about -1 .. 1
         if side:
             images = F.interpolate(images, size=(side, side), mode="bicubic")
         pictures.append(to_uint8(images))

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPT_SIZES, GPTConfig, KVCache, RMSNorm, apply_rope, load_gpt, rope_table
+import model
+from model import (GPT, GPT_SIZES, GPTConfig, Int8Linear, KVCache, RMSNorm, apply_rope, load_gpt, packed,
+                   quantize, rope_table)
 from runs import InputError
 
 SMALL = dict(dim=64, n_layer=3, n_head=4, vocab_size=96, block_size=16, num_classes=10)
@@ -198,16 +200,16 @@ def test_a_gpt_of_unknown_size_says_which_shapes_it_found(tmp_path):
         load_gpt(tmp_path / "odd.pt")
 
 
-def test_the_cache_keeps_what_was_written_and_hands_out_all_places():
+def test_the_cache_hands_out_what_is_filled_or_with_tensors_all_places():
     cache = KVCache(R=2, G=3, length=5, d=4, dtype=torch.float32, device="cpu")
     first, second = torch.randn(2, 2, 3, 2, 4), torch.randn(2, 2, 3, 1, 4)
-    cache.update(torch.tensor([0, 1]), *first)
-    k, v = cache.update(torch.tensor([3]), *second)
-    for found, a, b in ((k, first[0], second[0]), (v, first[1], second[1])):
-        assert torch.equal(found[:, :, :2], a) and torch.equal(found[:, :, 3:4], b)
-        assert (found[:, :, [2, 4]] == 0).all()
-    cache.keep_first(1)
-    assert cache.k.shape == (1, 3, 5, 4) and torch.equal(cache.k, k[:1])
+    for places in ((slice(0, 2), slice(2, 3)), (torch.tensor([0, 1]), torch.tensor([2]))):
+        cache.update(places[0], *first)
+        k, v = cache.update(places[1], *second)
+        for found, a, b in ((k, first[0], second[0]), (v, first[1], second[1])):
+            assert torch.equal(found[:, :, :2], a) and torch.equal(found[:, :, 2:3], b)
+        assert k.shape[2] == v.shape[2] == (3 if isinstance(places[0], slice) else 5)
+    assert not k[:, :, 3:].any() and torch.equal(cache.first(1).k, cache.k[:1])
 
 
 TOKENS, COND = torch.zeros(2, 15, dtype=torch.long), torch.tensor([1, 2])
@@ -256,3 +258,90 @@ def test_cuda_gives_the_same_logits_as_the_cpu():
     expected = gpt(tokens, cond)[0]
     gpt.cuda()
     torch.testing.assert_close(gpt(tokens.cuda(), cond.cuda())[0].cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+# Linear layers for decoding
+
+def tiny_gpt():
+    gpt = GPT(GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=64, block_size=16, num_classes=10)).eval()
+    torch.nn.init.normal_(gpt.output.weight, std=0.3)
+    return gpt
+
+
+def test_packed_layers_give_the_same_sums_and_leave_the_gpt_as_it_was():
+    gpt = tiny_gpt()
+    names, tokens = list(gpt.state_dict()), torch.randint(64, (2, 7))
+    other = packed(gpt)
+    assert not any(isinstance(part, torch.nn.Linear) for part in other.modules()) or \
+        not torch.backends.mkldnn.is_available()
+    with torch.no_grad():
+        expected = gpt(tokens, COND)[0]
+        torch.testing.assert_close(other(tokens, COND)[0], expected, atol=1e-4, rtol=1e-4)
+    assert list(gpt.state_dict()) == names and torch.equal(gpt(tokens, COND)[0], expected)
+
+
+def test_without_room_for_a_second_copy_nothing_is_packed(monkeypatch):
+    gpt = tiny_gpt()
+    monkeypatch.setattr(model, "free_memory", lambda device: 1000)
+    assert packed(gpt) is gpt
+
+
+def test_int8_is_exact_where_weights_and_inputs_are_whole_numbers_of_their_scales():
+    linear = torch.nn.Linear(96, 128, bias=False)
+    with torch.no_grad():
+        whole = torch.randint(-127, 128, (128, 96)).float()
+        whole[:, 0] = 127                                        # so that a row's scale is that of its factor
+        linear.weight.copy_(whole * torch.rand(128, 1))
+    x = torch.randint(-127, 129, (5, 96)).float()
+    x[0, :2] = torch.tensor([-127., 128.])                       # 256 steps of 1
+    torch.testing.assert_close(Int8Linear(linear)(x), x @ linear.weight.T, atol=1e-2, rtol=1e-5)
+
+
+def test_int8_inputs_that_were_not_normalised_have_a_scale_for_each_row():
+    for inputs, outputs, most in ((256, 64, 0.02), (64, 256, 1.1)):      # w2's shape; what happens without
+        linear, x = torch.nn.Linear(inputs, outputs, bias=False), torch.randn(2, inputs)
+        x[1] *= 1000
+        y, expected = Int8Linear(linear)(x), linear(x)
+        error = ((y - expected).norm(dim=-1) / expected.norm(dim=-1)).tolist()
+        assert error[1] < 0.02 and (error[0] < most) and (error[0] > 0.1) == (inputs < outputs)
+    assert not Int8Linear(torch.nn.Linear(8, 4, bias=False))(torch.zeros(2, 8)).any()
+
+
+@pytest.mark.parametrize("bits, far", [(8, 0.05), (16, 0.02)])
+def test_a_quantised_gpt_is_near_and_loads_as_such_and_outlives_its_file(tmp_path, bits, far):
+    gpt = tiny_gpt()
+    path = tmp_path / "gpt.pt"
+    torch.save({"model": gpt.state_dict(), "config": dict(vars(gpt.config))}, path)
+    loaded = load_gpt(path, bits=bits)
+    path.unlink()
+    tokens = torch.randint(64, (2, 15))
+    with torch.no_grad():
+        logits = [net(tokens, COND)[0] for net in (gpt, quantize(gpt, bits), loaded)]
+    assert torch.equal(logits[1], logits[2]) and not torch.equal(logits[0], logits[1])
+    assert (logits[1] - logits[0]).norm() < far * logits[0].norm()
+    assert not any(isinstance(part, torch.nn.Linear) for part in loaded.modules())
+
+
+def test_other_widths_than_8_and_16_bits_are_refused():
+    with pytest.raises(InputError, match="bits=4: linear layers can have 8 or 16"):
+        quantize(tiny_gpt(), 4)
+
+
+@pytest.mark.cuda
+def test_cuda_quantises_the_weights_alone():
+    gpt = tiny_gpt().cuda()
+    tokens, cond = torch.randint(64, (2, 15), device="cuda"), COND.cuda()
+    with torch.no_grad():
+        expected, logits = gpt(tokens, cond)[0], quantize(gpt)(tokens, cond)[0]
+    assert (logits - expected).norm() < 0.05 * expected.norm()
+
+
+def test_the_caches_of_the_last_pictures_are_used_again_if_they_fit():
+    gpt = tiny_gpt()
+    first = gpt.take_caches(4)
+    assert gpt.take_caches(4)[0] is not first[0]                 # taken: another thread makes its own
+    for rows, same in ((2, True), (4, True), (5, False)):
+        gpt.idle_caches[:] = [first]
+        assert (gpt.take_caches(rows)[0] is first[0]) == same and not gpt.idle_caches
+    gpt.idle_caches[:] = [first]
+    assert gpt.bfloat16().take_caches(2)[0].k.dtype == torch.bfloat16

@@ -3,12 +3,14 @@ import argparse
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 import train_gpt
@@ -79,8 +81,8 @@ def test_scale_zero_is_unconditional_and_scale_one_never_runs_a_second_row(gpt, 
     cond = torch.tensor([1, 2])
     assert torch.equal(generate(gpt, cond, cfg_scale=0.0, top_k=1), generate(gpt, null, top_k=1))
     rows = []
-    new_caches = gpt.new_caches
-    monkeypatch.setattr(gpt, "new_caches", lambda R: rows.append(R) or new_caches(R))
+    prefill = gpt.prefill
+    monkeypatch.setattr(gpt, "prefill", lambda given, *rest: rows.append(len(given)) or prefill(given, *rest))
     generate(gpt, cond, cfg_scale=1.0)
     generate(gpt, cond, cfg_scale=1.5)
     assert rows == [2, 4]
@@ -140,6 +142,59 @@ def test_one_decoding_step_compiles_without_graph_breaks_or_recompilation(gpt):
     for _ in range(2):
         assert torch.equal(generate(gpt, torch.tensor([1, 2]), cfg_scale=2.0, top_k=1), expected)
     assert len(graphs) == 1                                    # one graph serves all positions and both calls
+
+
+def test_no_tensor_of_a_step_or_a_draw_is_read_by_the_host(gpt, monkeypatch):
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.name().removeprefix("aten::").split(".")[0])
+            return function(*args, **(kwargs or {}))
+
+    def watched(function):
+        def run(*args, **kwargs):
+            with Watch():
+                return function(*args, **kwargs)
+        return run
+    waiting = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique",
+               "_unique2", "bincount", "multinomial", "allclose"}
+    seen = set()
+    watched(lambda: torch.ones(2).sum().item())()
+    assert seen & waiting                                        # the check can fail
+    seen.clear()
+    monkeypatch.setattr(gpt, "step", watched(gpt.step))          # shapes that stay, as on a GPU
+    monkeypatch.setattr(sample, "draw", watched(draw))
+    generate(gpt, torch.tensor([1, 2]), cfg_scale=2.0, top_k=5, top_p=0.9)
+    assert {"mm", "index_put_", "exponential_", "topk"} <= seen and not seen & waiting
+
+
+def test_two_threads_draw_what_each_would_draw_alone(gpt):
+    conds = [torch.tensor([i, i + 1]) for i in range(4)]
+    alone = [generate(gpt, cond, cfg_scale=2.0, top_k=1) for cond in conds]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda cond: generate(gpt, cond, cfg_scale=2.0, top_k=1), conds * 3))
+    assert all(torch.equal(a, b) for a, b in zip(alone * 3, together))
+
+
+@pytest.mark.parametrize("flag", ["--int8", "--bf16"])
+def test_low_precision_draws_and_is_other_work_than_the_unfinished(tmp_path, checkpoints, monkeypatch, flag):
+    flags = [*checkpoints, "--num-samples", "10", "--batch-size", "5", "--npz", str(tmp_path / "s.npz")]
+    drawn = die_at(2, monkeypatch)
+    with pytest.raises(RuntimeError, match="killed"):
+        main(get_args(flags))
+    main(get_args([*flags, flag]))
+    assert drawn == [0, 1, 0, 1]                                 # what float32 had drawn is not mixed in
+    with np.load(tmp_path / "s.npz") as file:
+        assert file["arr_0"].shape == (10, 8, 8, 3)
+
+
+def test_the_batch_is_what_fits_into_half_of_the_free_memory(gpt, monkeypatch):
+    caches = sum(cache.k.nbytes + cache.v.nbytes for cache in gpt.new_caches(2))
+    one = caches + 2 * 16 * 64                                   # and its logits
+    for free, expected in ((2 * one * 100, 100), (2 * one * 99, 64), (2 * one * 3, 2), (0, 1)):
+        monkeypatch.setattr(sample, "free_memory", lambda device: free)
+        assert sample.fitting_batch(gpt, 2.0, torch.device("cpu")) == expected
+    monkeypatch.setattr(sample, "free_memory", lambda device: 2 * one * 2)
+    assert sample.fitting_batch(gpt, 1.0, torch.device("cpu")) == 4      # no second row
 
 
 def test_pixels_are_clamped_and_truncated_like_the_released_samplers():

@@ -152,7 +152,7 @@ def test_pictures_are_decoded_pass_by_pass_as_they_would_be_at_once(monkeypatch)
     tokens, sizes, detokenize = torch.randint(64, (8, 64)), [], vq.detokenize
     with torch.no_grad():
         expected, small = detokenize(tokens), F.interpolate(detokenize(tokens), size=(12, 12), mode="bicubic")
-    monkeypatch.setattr(vq, "detokenize", lambda block: sizes.append(len(block)) or detokenize(block))
+    monkeypatch.setattr(vq, "detokenize", lambda block, wait: sizes.append(len(block)) or detokenize(block))
     for side, images in ((None, expected), (12, small)):
         assert (to_pictures(vq, tokens, side).int() - to_uint8(images).int()).abs().max() <= 1
     assert sizes == [3, 3, 2] * 2
