@@ -1,0 +1,30 @@
+"""pytest -q tests/test_bench.py"""
+import json
+
+import pytest
+import torch
+
+import bench
+import runs
+from model import GPT, GPT_SIZES, GPTConfig
+
+
+def test_it_prints_tables_beside_the_limits_of_the_same_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "limits", lambda device: dict(read_bytes=1e9, float32_flop=1e9, fast_flop=1e9,
+                                                             conv_flop=1e9))
+    bench.main(bench.get_args(["--size", "tiny", "--rounds", "1", "--only", "training", "--device", "cpu",
+                               "--json", str(tmp_path / "b.json")]))
+    told, found = capsys.readouterr().out, json.loads((tmp_path / "b.json").read_text())
+    assert "training: Steps of 4 pictures" in told and "share of peak" in told
+    for row in found["training"]:
+        assert row["tokens/s"] == pytest.approx(1024 / row["s per step"]) and row["share of peak"] > 0
+    with pytest.raises(runs.InputError, match="no such folder"):
+        bench.main(bench.get_args(["--json", str(tmp_path / "none" / "b.json")]))
+
+
+def test_bytes_and_weights_by_formula_are_those_of_the_tensors():
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(**GPT_SIZES["GPT-B"]))
+    assert bench.linear_weights(gpt) == 12 * (4 * 768 ** 2 + 3 * 768 * 2048) + 768 * 16384
+    small = GPT(GPTConfig(dim=64, n_layer=2, n_head=4, n_kv_head=2, vocab_size=8, block_size=16))
+    assert bench.cache_bytes(small.config, 6, 17) == sum(c.k.nbytes + c.v.nbytes for c in small.new_caches(6))
