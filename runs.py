@@ -384,8 +384,8 @@ def free_memory(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError, ValueError):                          # Linux
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        return int(dict(line.split(":") for line in text.splitlines())["MemAvailable"].split()[0]) * 1024
     return 4 * 2 ** 30
 
 

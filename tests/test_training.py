@@ -183,7 +183,7 @@ def test_psnr_usage_and_perplexity_have_their_definitions():
             self.images = images
             return torch.tensor([[0, 1]]).repeat(len(images), 1)
 
-        def detokenize(self, tokens):
+        def detokenize(self, tokens, wait):
             return self.images[:len(tokens)] + 2 / 127.5
 
     class Grey:
