@@ -443,12 +443,11 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         if not self.on_cpu:
             return F.linear(x, self.q.to(x.dtype)) * self.scale.to(x.dtype)
-        if not self.uneven:
-            y = torch.ops.quantized.linear_dynamic(x.float(), self.packed, self.reduce_range)
-            return y.to(x.dtype)
-        length = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
-        y = torch.ops.quantized.linear_dynamic((x / length).float(), self.packed, self.reduce_range)
-        return (y * length).to(x.dtype)
+        if self.uneven:
+            length = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp_(min=1e-12)
+            x = x / length
+        y = torch.ops.quantized.linear_dynamic(x.float(), self.packed, self.reduce_range).to(x.dtype)
+        return y * length if self.uneven else y
 
 
 def with_linears(module, make):
@@ -472,6 +471,8 @@ def quantize(gpt, bits=8):
     half of float32's bytes. Embeddings, norms, caches and sums stay as they were, so does `gpt`."""
     if bits not in (8, 16):
         raise InputError(f"bits={bits}: linear layers can have 8 or 16")
+    if bits == 16 and not (gpt.norm.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()):
+        raise InputError("bits=16 is for CPUs with oneDNN: elsewhere pass dtype=torch.bfloat16 to load_gpt")
     return with_linears(gpt, Int8Linear if bits == 8 else partial(PackedLinear, dtype=torch.bfloat16))
 
 

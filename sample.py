@@ -232,6 +232,12 @@ def balanced(chosen, args):
 # ------------------------------------------------------------------------------------------------------------
 # Drawing
 
+def cache_bytes(config, rows, places, size=4):
+    """Keys and values: 2 for each layer, row, place and channel of the key-value heads, of `size` bytes."""
+    heads = config.n_kv_head or config.n_head
+    return 2 * config.n_layer * rows * places * heads * config.dim // config.n_head * size
+
+
 def fitting_batch(gpt, cfg_scale, device):
     """How many pictures are drawn at the same time if nobody says so: 100, or of 64, 32, ..., 1 as many as
     have their keys, values and logits in half of the free memory. Processes agree on the least.
@@ -239,10 +245,8 @@ def fitting_batch(gpt, cfg_scale, device):
     Few sizes to choose from: the size decides which random numbers a picture gets, so that the same command
     should choose the same on another day.
     """
-    c, rows = gpt.config, 1 + (cfg_scale != 1)
-    heads = (c.n_kv_head or c.n_head) * c.dim // c.n_head
-    cache = 2 * c.n_layer * gpt.rope.shape[0] * heads * gpt.tok_embeddings.weight.element_size()
-    each = rows * (cache + 4 * 4 * c.vocab_size)                 # bytes; four copies of the logits in float32
+    rows, size = 1 + (cfg_scale != 1), gpt.tok_embeddings.weight.element_size()
+    each = cache_bytes(gpt.config, rows, len(gpt.rope), size) + rows * 4 * 4 * gpt.config.vocab_size
     fits = -largest(-(free_memory(device) // 2 // each))[0]
     return next(size for size in (100, 64, 32, 16, 8, 4, 2, 1) if size <= max(fits, 1))
 

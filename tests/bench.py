@@ -1,6 +1,6 @@
 """How fast is it here, and how far from what this machine can do?
 
-    python tests/bench.py                    # GPT-B and VQ-16: some ten minutes on 2 cores
+    python tests/bench.py                    # GPT-B and VQ-16: some eight minutes on 2 cores
     python tests/bench.py --size tiny --only decode --json bench.json
 
 Every limit is measured in the same run: the speed of reading memory, of multiplying matrices, of convolving.
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sample
 from model import GPT, GPT_SIZES, GPTConfig, quantize
+from sample import cache_bytes
 from runs import InputError, counting, fast_dtype, mixed_precision, pick_device, run
 from tokenizer import VQ_SIZES, VQConfig, VQModel
 
@@ -66,12 +67,6 @@ def limits(device):
 
 def linear_weights(net):
     return sum(part.weight.numel() for part in net.modules() if isinstance(part, nn.Linear))
-
-
-def cache_bytes(config, rows, places, size=4):
-    """Keys and values: 2 for each layer, row, place and channel of the key-value heads."""
-    heads = config.n_kv_head or config.n_head
-    return 2 * config.n_layer * rows * places * heads * config.dim // config.n_head * size
 
 
 def decode(args, device, limit):
