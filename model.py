@@ -18,6 +18,7 @@ from itertools import chain
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from runs import InputError, build, check_tensor, explained, free_memory, read_checkpoint, read_config
 
@@ -276,6 +277,23 @@ class CaptionEmbedder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------
 
+LOSS_BLOCK = 2 ** 24                                             # logits, 64 MB in float32
+
+
+def cross_entropy(logits, targets):
+    """Mean over M rows of -log softmax(logits)[target], from logits (M, V) in any precision, targets (M,).
+
+    It needs log p in float32, and so does its gradient: of all rows these would be the largest tensors of a
+    training step. So each block of rows computes its log p once more in the backward pass.
+    """
+    rows = max(1, LOSS_BLOCK // logits.shape[1])
+    if len(logits) <= rows:
+        return F.cross_entropy(logits.float(), targets)
+    part = lambda block, wanted: F.cross_entropy(block.float(), wanted, reduction="sum")
+    return sum(checkpoint(part, *both, use_reentrant=False, preserve_rng_state=False)
+               for both in zip(logits.split(rows), targets.split(rows))) / len(targets)
+
+
 class GPT(nn.Module):
     """Condition and image tokens to the logits of the next token; see forward."""
 
@@ -327,14 +345,15 @@ class GPT(nn.Module):
         if cond_mask is not None:
             check_tensor("cond_mask", cond_mask, (len(cond), c.cls_token_num), device)
 
-    def forward(self, tokens, cond, targets=None, cond_mask=None):
+    def forward(self, tokens, cond, targets=None, cond_mask=None, want_logits=True):
         """Logits for the token at every position given those before it, and the loss.
 
         tokens     (B, T), 0 <= T <= N - 1
         cond       (B,) class ids, num_classes is the null class; or (B, L, E) text features
         targets    (B, T + 1), or None for no loss
         cond_mask  (B, L), nonzero = valid, padding on the left; None = all valid
-        Returns logits (B, T + 1, V), position t predicting token t, and the loss, a mean in nats per token.
+        Returns logits (B, T + 1, V) in float32, position t predicting token t, or None for who does not
+        want_logits, which are large; and the loss, a mean in nats per token.
         """
         self.check_cond(cond, cond_mask)
         c, L = self.config, self.config.cls_token_num
@@ -345,12 +364,12 @@ class GPT(nn.Module):
         for layer in self.layers:
             x = layer(x, self.rope[:L + T], mask)
         # The last condition token predicts token 0; the condition tokens before it predict nothing.
-        logits = self.output(self.norm(x[:, L - 1:])).float()                            #   (B, T + 1, V)
+        logits = self.output(self.norm(x[:, L - 1:]))                                    #   (B, T + 1, V)
         loss = None
         if targets is not None:
             check_tensor("targets", targets, (len(cond), T + 1), cond.device, c.vocab_size)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.long().flatten())
-        return logits, loss
+            loss = cross_entropy(logits.flatten(0, 1), targets.long().flatten())
+        return logits.float() if want_logits else None, loss
 
     # Decoding with a cache: `prefill` once, then `step` for every further token. sample.py drives them.
 

@@ -350,14 +350,14 @@ def main(args):
                 group["lr"] = lr * group["rate"]
             mean_loss = torch.zeros((), device=device)
             for part in range(args.grad_accum):
-                tokens, rows = next(batches)                     # (B, N), (B,)
+                tokens, rows = progress.next_of(batches)         # (B, N), (B,)
                 with exchange(forwards.values(), now=part == args.grad_accum - 1):
                     with mixed_precision(device):
                         # (B,) and None, or (B, L, E) and (B, L)
                         cond, cond_mask = train(rows, forwards.get("text", text), device)
                         # Position t sees the condition and tokens 0 .. t-1 and predicts token t: the last
-                        # token is only ever a target, and logits (B, N, V) come out.
-                        loss = forwards["gpt"](tokens[:, :-1], cond, tokens, cond_mask)[1]
+                        # token is only ever a target.
+                        loss = forwards["gpt"](tokens[:, :-1], cond, tokens, cond_mask, False)[1]
                     # Gradients of the parts add up; each divided by their number, they give the mean.
                     (loss / args.grad_accum).backward()
                 mean_loss += loss.detach() / args.grad_accum

@@ -292,7 +292,7 @@ def main(args):
         batches = train.batches(batch_size, args.seed, start=progress.step, device=device)
         while progress.running():
             done = progress.fraction()
-            images = next(batches)                               # (B, 3, H, W) in [-1, 1]
+            images = progress.next_of(batches)                   # (B, 3, H, W) in [-1, 1]
             adversarial = progress.step >= args.disc_start and args.disc_weight > 0
             lr = learning_rate(args.lr, progress.step, done, args.warmup, args.lr_final)
             for group in optimizer.param_groups + disc_optimizer.param_groups:

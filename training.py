@@ -336,8 +336,15 @@ class Progress:
 
     def begin_stretch(self):
         """From here on numbers are added up, until `means` asks for them."""
-        self.since, self.since_seconds, self.sums = self.step, self.seconds(), {}
+        self.since, self.since_seconds, self.sums, self.waited = self.step, self.seconds(), {}, 0.0
         self.good = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def next_of(self, batches):
+        """The next batch. What share of the time the process waited for them is in the log, as data_wait."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
 
     def count(self, numbers):
         """A step is over. numbers, a dict of scalar tensors, are added up where they are: nothing waits."""
@@ -366,7 +373,9 @@ class Progress:
         self.check()
         steps = self.step - self.since
         values = (summed(torch.stack(list(self.sums.values()))) / (steps * self.world)).tolist()
-        means = dict(zip(self.sums, values), steps_per_second=steps / (self.seconds() - self.since_seconds))
+        seconds = self.seconds() - self.since_seconds
+        means = dict(zip(self.sums, values), data_wait=self.waited / seconds,
+                     steps_per_second=steps / seconds)
         self.begin_stretch()
         return means
 
@@ -488,13 +497,13 @@ def activation_bytes(gpt, pictures, checkpointed=False):
     A block, of one token: of each of the two norms its input, the result before the gain (float32, 4 D each)
     and the matrix's input (bf16, 2 D); what wqkv gives, of which v is a part (6 D), q and k turned (4 D), and
     what attention gives (2 D); w1 x, w3 x, silu(w1 x) and their product (2 F each). checkpointed: of a block
-    its input alone, and all of one. At the end, of one token: the norm's 10 D, log p in float32 (4 V).
+    its input alone, and all of one. At the end, of one token: the norm's 10 D, the logits (2 V).
     """
     D, F = gpt.config.dim, gpt.layers[0].feed_forward.w1.out_features
     block, layers = 32 * D + 8 * F, len(gpt.layers)
     per_token = 4 * D * layers + block if checkpointed else block * layers
     S, N = gpt.rope.shape[0] - 1, gpt.config.block_size          # the last token is not an input
-    return pictures * (S * per_token + N * (10 * D + 4 * gpt.config.vocab_size))
+    return pictures * (S * per_token + N * (10 * D + 2 * gpt.config.vocab_size))
 
 
 def memory(gpt, pictures, parts=1, checkpointed=False, ema=False):
@@ -503,9 +512,9 @@ def memory(gpt, pictures, parts=1, checkpointed=False, ema=False):
     root = P - len(gpt.layers) * block                   # embeddings, output
     # Beside its part of all: in bf16 the weights of this block and of the next, and in float32 the gradients
     # of the one that is being summed up, the root and its gradients; or, in bf16, all weights, which autocast
-    # keeps. Of the logits, beside log p, two gradients in float32.
+    # keeps. Of the logits two gradients in bf16: of the blocks of rows, and those together.
     working = (4 * block + 4 * block + 8 * root if parts > 1 else 2 * P) + (
-        8 * pictures * gpt.config.block_size * gpt.config.vocab_size)
+        4 * pictures * gpt.config.block_size * gpt.config.vocab_size)
     return {"weights": 4 * P / parts, "gradients": 4 * P / parts, "optimizer": 8 * P / parts,
             "average": 4 * P / parts * ema, "working copies": working,
             "activations": activation_bytes(gpt, pictures, checkpointed)}

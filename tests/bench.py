@@ -12,6 +12,7 @@ Turns: each round times every line of a table once; what is printed is the best 
 import argparse
 import json
 import platform
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -49,6 +50,19 @@ def best_of_turns(works, device, rounds):
         for name, work in works.items():
             best[name] = min(best[name], seconds(work, device))
     return best
+
+
+def peak_bytes(device, start=False):
+    """Most memory in use since the last call with start: of a GPU, or of this process (Linux), else None."""
+    if device.type == "cuda":
+        ask = torch.cuda.reset_peak_memory_stats if start else torch.cuda.max_memory_allocated
+        return ask(device)
+    status, peak = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not status.exists():
+        return None
+    if start:
+        return peak.write_text("5")                              # the high-water mark, back to what is in use
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
 
 
 def limits(device):
@@ -100,20 +114,25 @@ def decode(args, device, limit):
 
 
 def growth(args, device, limit):
-    """Milliseconds a token in the middle of the picture, and the caches, against batch and grid."""
+    """Milliseconds a token in the middle of the picture, peak memory and caches, against batch and grid."""
     rows = []
     for side, batches in ((16, (1, 4, 16, 64)), (24, (1, 8)), (32, (1, 8))):
         for images in batches:
-            gpt = random_gpt(args.size, side ** 2, device)
-            gpt, caches = sample.packed(gpt), gpt.new_caches(2 * images)
+            gpt = sample.packed(random_gpt(args.size, side ** 2, device))
+            peak_bytes(device, start=True)
+            caches = gpt.new_caches(2 * images)
+            for part in (tensor for cache in caches for tensor in (cache.k, cache.v)):
+                part.fill_(0)                                    # else their pages are not there yet
             place = slice(side ** 2 // 2, side ** 2 // 2 + 1)
             token = torch.zeros(2 * images, dtype=torch.long, device=device)
             with torch.no_grad():
                 s = best_of_turns({"step": lambda: gpt.step(token, place, None, caches)}, device, 4)["step"]
             rows.append({"grid": side, "images": images, "ms per token": s * 1e3,
                          "ms per image": s * 1e3 / images,
+                         "peak MB": (peak_bytes(device) or 0) / 1e6,
                          "caches MB": sum(c.k.nbytes + c.v.nbytes for c in caches) / 1e6,
                          "by formula": cache_bytes(gpt.config, 2 * images, side ** 2 + 1) / 1e6})
+            del gpt, caches, part                                # before the next ones are made
     return rows
 
 

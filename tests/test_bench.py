@@ -1,5 +1,6 @@
 """pytest -q tests/test_bench.py"""
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,3 +29,13 @@ def test_bytes_and_weights_by_formula_are_those_of_the_tensors():
     assert bench.linear_weights(gpt) == 12 * (4 * 768 ** 2 + 3 * 768 * 2048) + 768 * 16384
     small = GPT(GPTConfig(dim=64, n_layer=2, n_head=4, n_kv_head=2, vocab_size=8, block_size=16))
     assert bench.cache_bytes(small.config, 6, 17) == sum(c.k.nbytes + c.v.nbytes for c in small.new_caches(6))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
+def test_the_peak_is_that_since_its_start():
+    cpu = torch.device("cpu")
+    torch.ones(2 ** 28)                                          # 1 GiB, gone again
+    bench.peak_bytes(cpu, start=True)
+    before = bench.peak_bytes(cpu)
+    torch.ones(2 ** 26)
+    assert 2 ** 28 * 0.9 < bench.peak_bytes(cpu) - before < 2 ** 28 * 1.5

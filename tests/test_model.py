@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model
 from model import (GPT, GPT_SIZES, GPTConfig, Int8Linear, KVCache, RMSNorm, apply_rope, load_gpt, packed,
@@ -34,6 +35,28 @@ def test_logits_and_loss_equal_the_official_code(golden, kind, training):
     assert logits.dtype == torch.float32
     assert (logits - arrays["logits"]).abs().max() < 1e-4
     assert abs(loss.item() - arrays["loss"].item()) < 1e-5
+
+
+def test_the_loss_in_blocks_of_rows_is_the_loss_with_its_gradient(monkeypatch):
+    logits, targets = torch.randn(50, 96, generator=torch.manual_seed(0)), torch.arange(50)
+    whole, parts = logits.clone().requires_grad_(), logits.bfloat16().requires_grad_()
+    F.cross_entropy(whole, targets).backward()
+    monkeypatch.setattr(model, "LOSS_BLOCK", 96 * 16)            # 16 + 16 + 16 + 2
+    loss = model.cross_entropy(parts, targets)
+    assert loss.dtype == torch.float32                           # and not of rounded log p
+    torch.testing.assert_close(loss, F.cross_entropy(parts.float(), targets), rtol=0, atol=1e-6)
+    loss.backward()
+    torch.testing.assert_close(parts.grad.float(), whole.grad, rtol=2e-2, atol=1e-5)
+    exact = logits.clone().requires_grad_()
+    model.cross_entropy(exact, targets).backward()
+    torch.testing.assert_close(exact.grad, whole.grad, rtol=0, atol=1e-8)
+
+
+def test_logits_that_nobody_wants_are_not_returned_and_the_loss_is_the_same():
+    tokens, cond = torch.arange(64)[None], torch.tensor([3])
+    gpt = small_gpt(block_size=64).eval()
+    (logits, loss), (none, same) = (gpt(tokens[:, :-1], cond, tokens, None, want) for want in (True, False))
+    assert logits.shape == (1, 64, 96) and none is None and torch.equal(loss, same)
 
 
 PARAMETERS = {"GPT-B": (110_888_448, 112_282_368), "GPT-L": (342_910_976, 345_031_680),

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import kill
+import model
 import runs
 import training
 from conftest import ROOT, run_gpt, run_vq
@@ -89,10 +90,13 @@ def test_the_number_of_processes_does_not_change_what_is_learnt(one, tmp_path, w
                          for folder in (tmp_path, one))
         assert weights.keys() == same.keys()
         for key in weights:
-            far = (weights[key] - same[key]).abs().flatten(1 if weights[key].dim() > 1 else 0).max(-1)[0] > 3e-4
-            # One vector of 20,480 lies as near to its second code as to its first (products 1e-7 apart): rounding
-            # decides, and one row of the codebook differs.
-            assert far.sum() <= (key == "quantize.embedding.weight"), (name, key)
+            far = (weights[key] - same[key]).abs() > 3e-4
+            # Of 20,480 vectors one lies as near to a second code as to its first (their products are 1e-7
+            # apart): rounding decides which, and that moves one row of the codebook.
+            if key == "quantize.embedding.weight":
+                assert far.any(dim=1).sum() <= 1
+            else:
+                assert not far.any(), (name, key)
         if flags and world == 4:
             share = [sum(held(tmp_path / f"{name}.pt", rank).values()) for rank in range(world)]
             assert max(share) <= 0.4 * sum(held(one / f"{name}.pt", 0).values()), name
@@ -229,7 +233,8 @@ def kept(gpt, pictures):
     return sum(storage.nbytes() for storage in seen.values())
 
 
-def test_the_bytes_of_activations_are_those_that_autograd_keeps():
+def test_the_bytes_of_activations_are_those_that_autograd_keeps(monkeypatch):
+    monkeypatch.setattr(model, "LOSS_BLOCK", 96 * 64)            # six blocks, as of a large vocabulary
     # Attention on the CPU gives its result in another order, of which w_o's input is a copy: 2 D of a token.
     copies = 6 * 64 * 3 * 2 * 64
     assert kept(small(), 6) == pytest.approx(training.activation_bytes(small(), 6) + copies, rel=0.02)

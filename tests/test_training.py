@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -555,6 +556,18 @@ def test_a_learning_rate_that_is_far_too_high_ends_in_one_line_also_with_restart
         run_vq(tmp_path, "--steps", "40", "--lr", "1e10", "--warmup", "0", "--restart-every", "1",
                "--eval-every", "100", "--log-every", "50")
     assert not (tmp_path / "vq.pt").exists()
+
+
+def test_the_log_tells_how_long_the_process_waited_for_data(tmp_path, monkeypatch):
+    batches = train_gpt.code_batches
+    monkeypatch.setattr(train_gpt, "code_batches", lambda *args: (
+        time.sleep(0.5) or batch for batch in batches(*args)))
+    run_vq(tmp_path, "--steps", "1")
+    run_gpt(tmp_path, "--steps", "2")
+    for line in (tmp_path / "gpt.jsonl").read_text().splitlines()[:2]:
+        line = json.loads(line)
+        seconds = line["data_wait"] * 8 * 64 / line["tokens_per_second"]
+        assert 0.5 <= seconds < 0.9
 
 
 def test_a_run_that_dies_before_its_first_save_leaves_the_old_checkpoint_and_the_old_log(tmp_path):
