@@ -391,6 +391,14 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
+def ready(gpt, args):
+    """The GPT, prepared once for all batches; serve_vllm.py puts an engine in its place."""
+    if args.compile:
+        gpt.compile_step()
+        return gpt
+    return packed(gpt)
+
+
 def main(args):
     check_output(args.npz or args.out, () if args.npz else PICTURE_NAMES, "--npz" if args.npz else "--out")
     device = pick_device(args.device)
@@ -401,9 +409,6 @@ def main(args):
     args.temperature = temperature if args.temperature is None else args.temperature
     side = args.image_size_eval or math.isqrt(gpt.config.block_size) * vq.config.downsample
     args.batch_size = args.batch_size or fitting_batch(gpt, args.cfg_scale, device)
-    if args.compile:
-        gpt.compile_step()
-    gpt = gpt if args.compile else packed(gpt)                   # once, not again for each batch
     if text is None and (args.prompts or args.prompts_file):
         raise InputError(f"{args.gpt} draws classes, not prompts: use --classes, or train with --cond text")
     if text and args.classes:
@@ -418,7 +423,7 @@ def main(args):
     else:
         conditions = Classes(names)
         chosen = parse_classes(args.classes, names) if args.classes else list(range(len(names)))
-    models = gpt, vq, text                                       # the three travel together from here on
+    models = ready(gpt, args), vq, text                          # the three travel together from here on
     if args.npz:
         with alone(args.npz):
             return sample_npz(models, conditions, balanced(chosen, args), side, args, device)

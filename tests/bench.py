@@ -2,6 +2,7 @@
 
     python tests/bench.py                    # GPT-B and VQ-16: some eight minutes on 2 cores
     python tests/bench.py --size tiny --only decode --json bench.json
+    python tests/bench.py --only serving --images 1 8 32             # where vLLM is, beside it
 
 Every limit is measured in the same run: the speed of reading memory, of multiplying matrices, of convolving.
     decoding   one step reads every weight of a matrix once, and what the caches hold
@@ -10,12 +11,16 @@ Every limit is measured in the same run: the speed of reading memory, of multipl
 Turns: each round times every line of a table once; what is printed is the best of the rounds.
 """
 import argparse
+import copy
 import json
 import platform
 import re
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -190,7 +195,37 @@ def random_gpt(size, block_size, device):
     return gpt
 
 
-TABLES = {"decode": decode, "growth": growth, "training": training, "tokenizer": tokenizer}
+def serving(args, device, limit):
+    """generate beside vLLM (serve_vllm.py, in its environment): seconds of whole pictures with guidance."""
+    import serve_vllm
+    gpt = random_gpt(args.size, 64 if args.size == "tiny" else 256, device)
+    half = gpt if device.type == "cpu" else copy.deepcopy(gpt).to(fast_dtype(device))
+    ours = {"float32": lambda: sample.packed(gpt), "bf16": lambda: quantize(gpt, 16) if half is gpt else half,
+            "int8": lambda: quantize(half)}
+    theirs = {"vLLM float32": {}, "vLLM compiled": {"enforce_eager": False},
+              "vLLM bf16": {"enforce_eager": False, "dtype": "bfloat16"}}
+    best = {}
+
+    def time_it(kind, draw):
+        draw(torch.arange(2, device=device), cfg_scale=2.0)      # warms up
+        for images in args.images:
+            s = seconds(lambda: draw(torch.arange(images, device=device), cfg_scale=2.0), device)
+            best[kind, images] = min(best.get((kind, images), float("inf")), s)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "gpt.pt"
+        torch.save({"model": gpt.state_dict(), "config": asdict(gpt.config)}, path)
+        for _ in range(args.rounds):
+            for (kind, make), (other, settings) in zip(ours.items(), theirs.items()):
+                time_it(kind, partial(sample.generate, make()))
+                engine = serve_vllm.Engine(gpt, path, **{"enforce_eager": True, "max_num_seqs": 64} | settings)
+                time_it(other, partial(serve_vllm.generate, engine))
+                engine.close()
+    return [{"weights": kind} | {f"{images} images, s": best[kind, images] for images in args.images}
+            for kind in (*ours, *theirs)]
+
+
+TABLES = {"decode": decode, "growth": growth, "training": training, "tokenizer": tokenizer, "serving": serving}
 
 
 def get_args(argv=None):
@@ -198,7 +233,8 @@ def get_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="GPT-B", choices=GPT_SIZES, help="with tiny, VQ-tiny as well")
     parser.add_argument("--images", type=counting, nargs="+", default=[1, 8], help="pictures drawn at a time")
-    parser.add_argument("--only", nargs="+", default=list(TABLES), choices=TABLES, help="these tables alone")
+    parser.add_argument("--only", nargs="+", choices=TABLES, help="these tables alone",
+                        default=[name for name in TABLES if name != "serving"])
     parser.add_argument("--rounds", type=counting, default=2, help="turns after the one that warms up")
     parser.add_argument("--device", help="cpu, cuda or mps; the best there is if left out")
     parser.add_argument("--json", help="write all numbers to this file as well")
