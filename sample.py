@@ -141,6 +141,16 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
 # ------------------------------------------------------------------------------------------------------------
 # Models from files
 
+def find_models(args):
+    """Fill in --gpt and --vq where they were left out: what the training scripts left in out/ or, before
+    anyone has trained, what comes with the project."""
+    shipped = Path(__file__).parent / "notebooks/weights"
+    if not (args.gpt or args.vq or args.prompts or args.prompts_file or Path("out/gpt.pt").exists()):
+        args.gpt, args.vq = (str(shipped / f"{name}.pt") for name in ("gpt", "vq"))
+        print(f"no out/gpt.pt yet: these are the weights that come with the project, {args.gpt}")
+    args.gpt, args.vq = args.gpt or "out/gpt.pt", args.vq or "out/vq.pt"
+
+
 def load_models(args, device):
     """The GPT, its tokenizer, its text encoder (None if it draws classes), the names of its classes, and
     whether it is our own or a released one. One line if they do not belong together."""
@@ -352,8 +362,9 @@ def sample_npz(models, conditions, rows, side, args, device):
 def get_args(argv=None):
     parser = flag_parser(__file__, __doc__)
     add = parser.add_argument_group("models").add_argument
-    add("--gpt", default="out/gpt.pt", help="train_gpt.py's checkpoint or a released one")
-    add("--vq", default="out/vq.pt", help="the tokenizer that the GPT was trained with")
+    add("--gpt", help="train_gpt.py's checkpoint or a released one; if left out out/gpt.pt or, before there "
+        "is one, the weights in notebooks/weights")
+    add("--vq", help="the tokenizer that the GPT was trained with; if left out out/vq.pt or as --gpt")
     add("--text-encoder", metavar="FOLDER", help="folder of FLAN-T5, for GPTs that read its features")
     add("--image-size", type=number(int, "a multiple of 16, a token's side", lambda n: n > 0 and n % 16 == 0),
         help="released GPTs only: pixels of its grid, 256 if left out")
@@ -403,6 +414,7 @@ def main(args):
     check_output(args.npz or args.out, () if args.npz else PICTURE_NAMES, "--npz" if args.npz else "--out")
     device = pick_device(args.device)
     check_compile(args, device)
+    find_models(args)
     gpt, vq, text, names, own = load_models(args, device)
     cfg_scale, temperature = SETTINGS["text" if text else "class", "own" if own else "released"]
     args.cfg_scale = cfg_scale if args.cfg_scale is None else args.cfg_scale

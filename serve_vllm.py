@@ -1,4 +1,4 @@
-"""Let a language model's engine, vLLM, draw the tokens: the paper's fourth result. Optional: nothing imports it.
+"""Let a language model's engine, vLLM, draw the tokens: the paper's fourth result. Nothing else needs it.
 
     class or caption -> vLLM (this file) -> tokens -> the tokenizer -> pictures, as in sample.py
 
@@ -30,10 +30,11 @@ import sample
 from model import GPTConfig, RMSNorm, apply_rope, load_gpt, rope_table
 from runs import InputError, check_tensor, counting, explained, free_memory, run
 
-# One process, so that what is registered here is known where the model runs; no thread bound to a core; GiB of
-# a CPU's memory for the caches; no report over the network.
+# One process, so that what is registered here is known where the model runs; no thread bound to a core; GiB
+# of a CPU's memory for the caches; no report over the network.
 for name, value in (("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
-                    ("VLLM_CPU_KVCACHE_SPACE", "4"), ("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "ERROR")):
+                    ("VLLM_CPU_KVCACHE_SPACE", "4"), ("VLLM_NO_USAGE_STATS", "1"),
+                    ("VLLM_LOGGING_LEVEL", "ERROR")):
     os.environ.setdefault(name, value)
 try:
     import vllm
@@ -185,7 +186,8 @@ class ServedGPT(nn.Module):
                 if f".{part}." in name:
                     name, shard = name.replace(f".{part}.", ".w13."), (i,)
             mine = theirs[name]
-            getattr(mine, "weight_loader", lambda mine, whole: mine.data.copy_(whole))(mine, weight.data, *shard)
+            load = getattr(mine, "weight_loader", lambda mine, whole: mine.data.copy_(whole))
+            load(mine, weight.data, *shard)
 
 
 
@@ -262,7 +264,7 @@ class Engine:
         package.mkdir()
         (package / "METADATA").write_text("Metadata-Version: 2.1\nName: llamagen-vllm\nVersion: 1\n")
         (package / "entry_points.txt").write_text("[vllm.general_plugins]\nllamagen = serve_vllm:register\n")
-        sys.path += [self.folder.name, str(Path(__file__).absolute().parent)]    # processes started get a copy
+        sys.path += [self.folder.name, str(Path(__file__).absolute().parent)]   # its processes get a copy
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"    # set_guidance goes there as a function
 
     def close(self):
@@ -280,8 +282,8 @@ def embed_captions(engine, cond, cond_mask):
     return x if cond_mask is None else x.masked_fill(~cond_mask.bool()[..., None], 0)
 
 
-def generate(engine, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0,
-             prefix=None, generator=None):
+def generate(engine, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0,
+             top_p=1.0, prefix=None, generator=None):
     """sample.generate, drawn by vLLM: tokens (B, N) from class ids (B,) or features (B, L, E). A picture's
     random numbers are vLLM's own, from a seed that the generator gives: other pictures, equally likely."""
     V, N, B = engine.config.vocab_size, engine.config.block_size, len(cond)

@@ -21,7 +21,8 @@ from sample import generate
 from serve_vllm import Engine
 
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-needs_vllm = pytest.mark.skipif(serve_vllm.MISSING is not None, reason="needs vLLM, tests/requirements-vllm.txt")
+needs_vllm = pytest.mark.skipif(serve_vllm.MISSING is not None,
+                                reason="needs vLLM, tests/requirements-vllm.txt")
 TINY = dict(dim=192, n_layer=2, n_head=4, vocab_size=96, block_size=64, num_classes=10)
 
 
@@ -51,7 +52,7 @@ def equal(serving, gpt, cond, mask=None, **how):
     ours = generate(gpt, cond, mask, top_k=1, **how)
     theirs = serve_vllm.generate(serving, cond, mask, top_k=1, **how)
     assert theirs.shape == ours.shape and theirs.dtype == ours.dtype
-    assert len(ours.unique()) > 10                               # a model that always draws the same proves little
+    assert len(ours.unique()) > 10                   # one that always draws the same would prove nothing
     return (ours == theirs).sum().item(), ours.numel()
 
 
@@ -59,7 +60,8 @@ def test_without_vllm_it_is_one_line_and_help_still_works(tmp_path, monkeypatch)
     monkeypatch.setattr(serve_vllm, "MISSING", ImportError("No module named 'vllm'"))
     with pytest.raises(runs.InputError, match="No module named 'vllm'.*requirements-vllm.txt"):
         Engine(a_gpt(), tmp_path / "gpt.pt")
-    help = subprocess.run([sys.executable, "serve_vllm.py", "--help"], cwd=ROOT, text=True, capture_output=True)
+    command = [sys.executable, "serve_vllm.py", "--help"]
+    help = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert help.returncode == 0 and "--tensor-parallel-size" in help.stdout
 
 
@@ -76,7 +78,7 @@ def test_wrong_flags_are_one_line():
 @pytest.mark.parametrize("changes, settings", [
     ({}, {}), (dict(n_kv_head=2), {}), (dict(cond_rope="identity"), {}),
     ({}, dict(max_num_seqs=5)),                                  # an odd number of requests at a time
-    ({}, dict(block_size=32, num_gpu_blocks_override=8)),        # 224 places for 10 requests of 65: preemption
+    ({}, dict(block_size=32, num_gpu_blocks_override=8)),        # 224 places for 10 times 65: preemption
     ({}, dict(enable_chunked_prefill=True, max_num_batched_tokens=8, max_num_seqs=8)),    # prompts in parts
     ({}, dict(enable_prefix_caching=True, block_size=32))])
 def test_tokens_of_a_class_model_are_those_of_generate(tmp_path, changes, settings):
@@ -119,7 +121,8 @@ def test_tokens_of_a_text_model_are_those_of_generate_whatever_is_padded(tmp_pat
 @needs_vllm
 def test_a_released_file_is_served(tmp_path, monkeypatch):
     monkeypatch.setitem(GPT_SIZES, "small", dict(n_layer=2, n_head=4, dim=64))
-    gpt, path = a_gpt(num_classes=1000, vocab_size=16384, block_size=256, dim=64, n_head=4), tmp_path / "c2i.pt"
+    gpt = a_gpt(num_classes=1000, vocab_size=16384, block_size=256, dim=64, n_head=4)
+    path = tmp_path / "c2i.pt"
     torch.save({"model": gpt.state_dict()}, path)
     gpt = load_gpt(path, 256)
     with engine(gpt, tmp_path, path=path, image_size=256) as serving:
@@ -148,7 +151,7 @@ def test_first_tokens_are_drawn_with_their_probabilities(tmp_path, how):
 @needs_vllm
 def test_many_captions_are_drawn_by_seed_and_no_two_alike(tmp_path):
     gpt = a_gpt(model_type="t2i", cls_token_num=40, caption_dim=32, block_size=4)
-    with engine(gpt, tmp_path, max_num_batched_tokens=64, max_num_seqs=20) as serving:   # less than two prompts
+    with engine(gpt, tmp_path, max_num_batched_tokens=64, max_num_seqs=20) as serving:   # below two prompts
         draw = lambda: serve_vllm.generate(serving, torch.ones(20, 40, 32), cfg_scale=2.0,
                                            generator=torch.Generator().manual_seed(3))
         drawn = draw()
@@ -176,8 +179,10 @@ if __name__ == "__main__":
 def test_the_command_draws_a_sheet_and_an_npz(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "ready", sample.ready)           # and back again
     monkeypatch.setattr(sample, "generate", sample.generate)
-    models = ["--vq", str(trained / "vq.pt"), "--gpt", str(trained / "gpt.pt"), "--device", "cpu", "--cache-gb", "1"]
+    out = str(tmp_path / "s.png")
+    models = ["--vq", str(trained / "vq.pt"), "--gpt", str(trained / "gpt.pt"), "--device", "cpu",
+              "--cache-gb", "1", "--out", out]
     with pytest.raises(runs.InputError, match="draws classes, not prompts"):
-        serve_vllm.main(serve_vllm.get_args([*models, "--prompts", "a cat", "--out", str(tmp_path / "s.png")]))
-    serve_vllm.main(serve_vllm.get_args([*models, "--out", str(tmp_path / "s.png"), "--per-class", "2"]))
+        serve_vllm.main(serve_vllm.get_args([*models, "--prompts", "a cat"]))
+    serve_vllm.main(serve_vllm.get_args([*models, "--per-class", "2"]))
     assert (tmp_path / "s.png").stat().st_size > 1000
