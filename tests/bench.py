@@ -218,14 +218,15 @@ def serving(args, device, limit):
         for _ in range(args.rounds):
             for (kind, make), (other, settings) in zip(ours.items(), theirs.items()):
                 time_it(kind, partial(sample.generate, make()))
-                engine = serve_vllm.Engine(gpt, path, max_num_seqs=64, **{"enforce_eager": True} | settings)
+                engine = serve_vllm.Engine(gpt, path, max_num_seqs=64, **{"enforce_eager": True, **settings})
                 time_it(other, partial(serve_vllm.generate, engine))
                 engine.close()
     return [{"weights": kind} | {f"{images} images, s": best[kind, images] for images in args.images}
             for kind in (*ours, *theirs)]
 
 
-TABLES = {"decode": decode, "growth": growth, "training": training, "tokenizer": tokenizer, "serving": serving}
+TABLES = {"decode": decode, "growth": growth, "training": training, "tokenizer": tokenizer,
+          "serving": serving}
 
 
 def get_args(argv=None):

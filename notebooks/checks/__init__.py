@@ -1,0 +1,50 @@
+"""Checks that diagnose: what is asked, of an answer to an exercise, one property after the other.
+
+Each file here holds the checks of one notebook. A check is a function of the answer that yields pairs
+
+    (whether the property holds, "what is wrong, in one sentence", "an experiment of one or two lines")
+
+in the order in which a student should mend them. The first that does not hold is told, no other, and never
+the answer. What the answer raises is told in one line. Names are "<notebook>.<exercise>".
+"""
+import importlib
+import textwrap
+
+FILES = {"1": "tour", "2": "tokenizer", "3": "gpt", "4": "sampling", "5": "evaluation", "6": "text",
+         "7": "claims", "8": "speed", "9": "images"}
+
+
+def check(name, answer):
+    """Print whether the answer to an exercise is right, and if not, the first property that does not hold.
+
+    name  such as "2.straight_through". Returns whether it is right; never raises for a wrong answer.
+    """
+    number, exercise = name.split(".")
+    module = importlib.import_module(f"checks.{FILES[number]}")
+    count = 0
+    try:
+        if answer is None or answer is ...:
+            return tell("not yet: there is no answer. Replace the dots by yours")
+        for holds, wrong, experiment in getattr(module, exercise)(answer):
+            if not holds:
+                return tell(f"not yet: {wrong}" + (f" Try: {experiment}" if experiment else ""))
+            count += 1
+    except Exception as error:
+        where = type(error).__name__
+        return tell(f"not yet: your code ended with {where}: {textwrap.shorten(str(error), 200)}")
+    print(f"yes: {count} {'property holds' if count == 1 else 'properties hold'}")
+    return True
+
+
+def tell(sentence):
+    print(sentence)
+    return False
+
+
+def is_tensor(value, shape, what="the result"):
+    """The first property of most checks: a tensor of this shape."""
+    import torch
+    if not torch.is_tensor(value):
+        return False, f"{what} is {type(value).__name__}, not a tensor.", "print the type of what you return"
+    return (tuple(value.shape) == tuple(shape),
+            f"{what} has shape {tuple(value.shape)}, not {tuple(shape)}.", "print the shape after each step")
