@@ -1,10 +1,13 @@
 """pytest -q tests/test_checks.py      What the exercises' checks say to stubs, solutions and mistakes."""
+import math
 import re
 import runpy
 import sys
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 
 from conftest import ROOT
 
@@ -25,8 +28,7 @@ def told(code, capsys):
     return capsys.readouterr().out.strip().splitlines()[-1]
 
 
-PRELUDE = {}
-exec("import math, torch\nimport numpy as np\nimport torch.nn as nn\nimport torch.nn.functional as F", PRELUDE)
+PRELUDE = {"math": math, "np": np, "torch": torch, "nn": torch.nn, "F": torch.nn.functional}
 
 
 @pytest.mark.parametrize("name, stub, solution", EXERCISES)
