@@ -28,7 +28,7 @@ from PIL import Image
 
 from checks import check                                         # notebooks call it
 
-REFERENCE_SECONDS = 0.11             # what `speed_test` takes on 2 cores of an AMD EPYC with AVX-512 BF16
+REFERENCE_SECONDS = 0.09             # what `speed_test` takes on 2 cores of an AMD EPYC with AVX-512 BF16
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]   # Okabe and Ito 2008
 
 
@@ -75,8 +75,8 @@ def start(title, minutes):
 
 
 def load(name):
-    """Of the weights that come with the project: "vq" and "gpt" (shapes by class), "text_vq", "text_gpt" and
-    "text" (shapes by caption, its text encoder), or "judge" (the CNN of fid.py that names shapes)."""
+    """Of the weights in notebooks/weights: "vq" and "gpt" (shapes by class), "text_vq", "text_gpt" and "text"
+    (shapes by caption, its text encoder), or "judge" (the CNN of fid.py that names shapes)."""
     from fid import Classifier
     from model import load_gpt
     from text import tiny_text_encoder_from
@@ -182,7 +182,7 @@ def ready():
         except ImportError:
             good = tell(False, f"{package} is missing: pip install -r requirements.txt "
                                "-r notebooks/requirements.txt")
-    for name in ("vq", "gpt", "judge", "text_vq", "text_gpt", "text"):
+    for name in ("vq", "gpt"):
         try:
             load(name)
             tell(True, f"weights of {name}")
