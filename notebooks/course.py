@@ -67,7 +67,7 @@ def start(title, minutes):
     if get_ipython():
         get_ipython().display_formatter.formatters["image/png"].for_type(plt.Figure, small_png)
     plt.rcParams.update({"figure.dpi": 80, "figure.figsize": (6, 3), "axes.grid": True, "grid.alpha": 0.3,
-                         "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=["-", "--", "-.", ":", *"---"]),
+                         "axes.prop_cycle": plt.cycler(color=COLOURS, linestyle=["-", "--", "-.", *":---"]),
                          "axes.spines.top": False, "axes.spines.right": False, "image.cmap": "viridis"})
     slower = speed_test() / REFERENCE_SECONDS
     print(f"{title}: torch {torch.__version__}, {torch.get_num_threads()} threads. This machine takes "
