@@ -47,7 +47,9 @@ def execute(notebook, fast=False, solve=False):
                             resources={"metadata": {"path": str(HERE)}})
     began, seconds = {}, []
     client.on_cell_execute = lambda cell, cell_index: began.update({cell_index: time.perf_counter()})
-    client.on_cell_executed = lambda cell, cell_index, execute_reply: seconds.append(time.perf_counter() - began[cell_index])
+    def done(cell, cell_index, execute_reply):
+        seconds.append(time.perf_counter() - began[cell_index])
+    client.on_cell_executed = done
     client.execute()
     return seconds
 
