@@ -18,7 +18,7 @@ from itertools import chain
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+import torch.utils.checkpoint
 
 from runs import InputError, build, check_tensor, explained, free_memory, read_checkpoint, read_config
 
@@ -290,8 +290,8 @@ def cross_entropy(logits, targets):
     if len(logits) <= rows:
         return F.cross_entropy(logits.float(), targets)
     part = lambda block, wanted: F.cross_entropy(block.float(), wanted, reduction="sum")
-    return sum(checkpoint(part, *both, use_reentrant=False, preserve_rng_state=False)
-               for both in zip(logits.split(rows), targets.split(rows))) / len(targets)
+    again = partial(torch.utils.checkpoint.checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    return sum(again(*both) for both in zip(logits.split(rows), targets.split(rows))) / len(targets)
 
 
 class GPT(nn.Module):

@@ -9,7 +9,7 @@ token is two rows, [conditional | unconditional]; every matrix sees the rows one
 out of step, whatever the engine does with its requests.
 
 Shapes: T tokens of all requests in one call, R rows of each (1: no guidance), and model.py's letters.
-Paper:  LlamaGen (arXiv 2406.06525) section 4.3; PagedAttention (Kwon 2023).
+Paper:  LlamaGen (arXiv 2406.06525), on its serving; PagedAttention (Kwon 2023).
 Run:    python serve_vllm.py --classes heart star --cfg-scale 2         # sample.py's flags and those below
 """
 import argparse
@@ -119,14 +119,14 @@ class Trunk(nn.Module):
 
     def __init__(self, *, vllm_config, prefix=""):
         super().__init__()
-        about = vllm_config.model_config.hf_config.llamagen
-        self.config, self.rows = GPTConfig(**about["config"]), about["rows"]
+        saved = vllm_config.model_config.hf_config
+        self.config, self.rows = GPTConfig(**saved.llamagen["config"]), saved.llamagen["rows"]
         self.layers = nn.ModuleList(
-            ServedBlock(self.config, about["hidden"], self.rows, vllm_config, f"{prefix}.layers.{i}")
+            ServedBlock(self.config, saved.intermediate_size, self.rows, vllm_config, f"{prefix}.layers.{i}")
             for i in range(self.config.n_layer))
         self.norm = RMSNorm(self.config.dim)
-        self.register_buffer("rope", rope_table(self.config).float(), persistent=False)
-        self.register_buffer("interval", torch.tensor(about["interval"]), persistent=False)
+        self.register_buffer("rope", rope_table(self.config), persistent=False)
+        self.register_buffer("interval", torch.tensor(self.config.block_size), persistent=False)
 
     def forward(self, positions, inputs_embeds):
         c, R, L = self.config, self.rows, self.config.cls_token_num
@@ -149,16 +149,17 @@ class ServedGPT(nn.Module):
         super().__init__()
         about = vllm_config.model_config.hf_config.llamagen
         config = self.config = GPTConfig(**about["config"])
-        self.rows, self.cfg_scale, self.null = about["rows"], about["cfg_scale"], about["classes"]
+        self.rows, self.cfg_scale = about["rows"], 1.0           # see set_guidance
         # Class c is token V + c, the null class V + K. They cannot be drawn: the output layer has V rows.
-        self.tok_embeddings = VocabParallelEmbedding(config.vocab_size + about["classes"], config.dim)
+        classes = config.num_classes + 1 if config.model_type == "c2i" else 0
+        self.null = config.vocab_size + config.num_classes
+        self.tok_embeddings = VocabParallelEmbedding(config.vocab_size + classes, config.dim)
         self.trunk = Trunk(vllm_config=vllm_config, prefix="trunk")
         self.output = ParallelLMHead(config.vocab_size, config.dim)
         self.logits_processor = LogitsProcessor(config.vocab_size)
 
     def embed_input_ids(self, input_ids):                        # (T,) -> (T, R D)
-        V = self.config.vocab_size
-        null = torch.where(input_ids >= V, V + self.null - 1, input_ids)
+        null = torch.where(input_ids >= self.config.vocab_size, self.null, input_ids)
         return torch.cat([self.tok_embeddings(ids) for ids in (input_ids, null)[:self.rows]], dim=-1)
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
@@ -188,7 +189,6 @@ class ServedGPT(nn.Module):
             mine = theirs[name]
             load = getattr(mine, "weight_loader", lambda mine, whole: mine.data.copy_(whole))
             load(mine, weight.data, *shard)
-
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,19 +232,18 @@ class Engine:
         if not vllm.__version__.startswith(TRIED):
             print(f"vLLM {vllm.__version__}: this was tried with {TRIED}x only", file=sys.stderr)
         c = self.config = gpt.config
-        self.rows, self.dtype, self.rope = 1 + guided, getattr(torch, dtype), gpt.rope
+        self.rows, self.dtype = 1 + guided, getattr(torch, dtype)
         text = c.model_type == "t2i"
         self.embed = gpt.cls_embedding.to(self.dtype) if text else None
-        about = dict(path=str(Path(path).absolute()), image_size=image_size, config=asdict(c), rows=self.rows,
-                     hidden=gpt.layers[0].feed_forward.w1.out_features, cfg_scale=1.0, interval=c.block_size,
-                     classes=0 if text else c.num_classes + 1)
+        about = dict(path=str(Path(path).absolute()), image_size=image_size, config=asdict(c), rows=self.rows)
         self.folder = tempfile.TemporaryDirectory()
-        (Path(self.folder.name) / "config.json").write_text(json.dumps(dict(
+        config = dict(
             architectures=["LlamaGen"], model_type="llama", vocab_size=c.vocab_size,
             hidden_size=self.rows * c.dim, num_attention_heads=self.rows * c.n_head,
             num_key_value_heads=self.rows * (c.n_kv_head or c.n_head), head_dim=kernel_width(c),
-            num_hidden_layers=c.n_layer, intermediate_size=about["hidden"],
-            max_position_embeddings=len(gpt.rope), llamagen=about)), encoding="utf-8")
+            num_hidden_layers=c.n_layer, intermediate_size=gpt.layers[0].feed_forward.w1.out_features,
+            max_position_embeddings=len(gpt.rope), llamagen=about)
+        (Path(self.folder.name) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         self.announce(settings.get("tensor_parallel_size", 1))
         register()
         with explained("vLLM does not start", "is there memory for its caches and weights?",
@@ -262,8 +261,9 @@ class Engine:
             return
         package = Path(self.folder.name) / "llamagen_vllm-1.dist-info"
         package.mkdir()
-        (package / "METADATA").write_text("Metadata-Version: 2.1\nName: llamagen-vllm\nVersion: 1\n")
-        (package / "entry_points.txt").write_text("[vllm.general_plugins]\nllamagen = serve_vllm:register\n")
+        for name, words in (("METADATA", "Metadata-Version: 2.1\nName: llamagen-vllm\nVersion: 1\n"),
+                            ("entry_points.txt", "[vllm.general_plugins]\nllamagen = serve_vllm:register\n")):
+            (package / name).write_text(words, encoding="utf-8")
         sys.path += [self.folder.name, str(Path(__file__).absolute().parent)]   # its processes get a copy
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"    # set_guidance goes there as a function
 

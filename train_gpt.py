@@ -131,7 +131,7 @@ def validation_loss(gpt, text, codes, kept, conditions, device, count, batch_siz
         rows = conditions.draw(index, np.random.default_rng(i))
         with mixed_precision(device):
             cond, cond_mask = conditions(rows, text, device)
-            total += gpt(tokens[:, :-1], cond, tokens, cond_mask)[1] * len(tokens)
+            total += gpt(tokens[:, :-1], cond, tokens, cond_mask, want_logits=False)[1] * len(tokens)
     return (total / len(pictures)).item()
 
 
@@ -357,7 +357,7 @@ def main(args):
                         cond, cond_mask = train(rows, forwards.get("text", text), device)
                         # Position t sees the condition and tokens 0 .. t-1 and predicts token t: the last
                         # token is only ever a target.
-                        loss = forwards["gpt"](tokens[:, :-1], cond, tokens, cond_mask, False)[1]
+                        loss = forwards["gpt"](tokens[:, :-1], cond, tokens, cond_mask, want_logits=False)[1]
                     # Gradients of the parts add up; each divided by their number, they give the mean.
                     (loss / args.grad_accum).backward()
                 mean_loss += loss.detach() / args.grad_accum

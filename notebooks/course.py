@@ -26,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from checks import check                                         # notebooks call it
+from checks import check                                         # notebooks import it from here
+from runs import fill_weights, read_checkpoint
+from tokenizer import load_tokenizer, to_uint8
 
 REFERENCE_SECONDS = 0.09             # what `speed_test` takes on 2 cores of an AMD EPYC with AVX-512 BF16
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]   # Okabe and Ito 2008
@@ -63,7 +65,7 @@ def start(title, minutes):
     import matplotlib.pyplot as plt
     from IPython import get_ipython
     from matplotlib_inline.backend_inline import set_matplotlib_formats
-    set_matplotlib_formats("png", pil_kwargs={"optimize": True})
+    set_matplotlib_formats("png")                # now: later the backend would replace small_png by its own
     if get_ipython():
         get_ipython().display_formatter.formatters["image/png"].for_type(plt.Figure, small_png)
     plt.rcParams.update({"figure.dpi": 80, "figure.figsize": (6, 3), "axes.grid": True, "grid.alpha": 0.3,
@@ -80,25 +82,13 @@ def load(name):
     from fid import Classifier
     from model import load_gpt
     from text import tiny_text_encoder_from
-    from tokenizer import load_tokenizer
-    path = WEIGHTS / f"{name}.pt"
+    path = WEIGHTS / f"{'text_gpt' if name == 'text' else name}.pt"
     if name == "text":
-        path = WEIGHTS / "text_gpt.pt"
-        saved = torch.load(path, weights_only=True)["text_encoder"]
-        return tiny_text_encoder_from(saved, path, torch.device("cpu"))
+        return tiny_text_encoder_from(read_checkpoint(path)["text_encoder"], path, torch.device("cpu"))
     if name == "judge":
-        saved = torch.load(path, weights_only=True)["model"]
-        judge = Classifier(len(saved["head.bias"]))
-        judge.load_state_dict(saved)
-        return judge.eval()
+        saved = read_checkpoint(path)["model"]
+        return fill_weights(Classifier(len(saved["head.bias"])), saved, path).eval()
     return (load_tokenizer if name.endswith("vq") else load_gpt)(path)
-
-
-def to_array(images):
-    """Pictures as uint8 (B, H, W, 3): from a float tensor (B, 3, H, W) in [-1, 1], or as they are."""
-    if torch.is_tensor(images) and images.is_floating_point():
-        images = ((images.detach().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-    return np.asarray(images)
 
 
 def show(images, titles=None, columns=None, size=96, note=None, row_names=()):
@@ -110,7 +100,8 @@ def show(images, titles=None, columns=None, size=96, note=None, row_names=()):
     """
     from IPython.display import Image as Shown, display
     from data import image_grid
-    arrays = to_array(images)
+    floating = torch.is_tensor(images) and images.is_floating_point()
+    arrays = np.asarray(to_uint8(images.detach()) if floating else images)
     big = np.stack([np.asarray(Image.fromarray(a).resize((size, size), Image.NEAREST)) for a in arrays])
     sheet = image_grid(big, columns or min(10, len(big)), row_names, titles or (), scale=1)
     buffer = io.BytesIO()
@@ -209,8 +200,8 @@ def without_solutions(folder):
         for cell in notebook["cells"]:
             if cell["cell_type"] == "code":
                 cell.update(outputs=[], execution_count=None)
-        (folder / path.name).write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n",
-                                        encoding="utf-8")
+        text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        (folder / path.name).write_text(text, encoding="utf-8")
         print(f"wrote {folder / path.name}")
 
 

@@ -1,6 +1,6 @@
 """Execute notebooks and store them, with their outputs, in the form that the tests ask for.
 
-    python notebooks/run.py                          # all, in full: about 15 minutes on 2 cores
+    python notebooks/run.py                          # all, in full
     python notebooks/run.py 2 3                      # these
     python notebooks/run.py --fast --keep            # with few steps, and without writing: what a push tests
 
@@ -45,11 +45,15 @@ def execute(notebook, fast=False, solve=False):
             notebook.cells.insert(i + 1, nbformat.v4.new_code_cell(FAST, metadata={"tags": ["fast"]}))
     client = NotebookClient(notebook, timeout=180, kernel_name="python3", record_timing=False,
                             resources={"metadata": {"path": str(HERE)}})
-    began, seconds = {}, []
-    client.on_cell_execute = lambda cell, cell_index: began.update({cell_index: time.perf_counter()})
-    def done(cell, cell_index, execute_reply):
-        seconds.append(time.perf_counter() - began[cell_index])
-    client.on_cell_executed = done
+    began, seconds = [], []
+
+    def begin(cell, cell_index):
+        began.append(time.perf_counter())
+
+    def end(cell, cell_index, execute_reply):
+        seconds.append(time.perf_counter() - began[-1])
+
+    client.on_cell_execute, client.on_cell_executed = begin, end
     client.execute()
     return seconds
 
@@ -70,9 +74,8 @@ def solutions(notebook):
 
 def clean(notebook):
     """Take away what differs from run to run and from machine to machine."""
-    kept = {"tags"}
     for cell in notebook.cells:
-        cell.metadata = {name: value for name, value in cell.metadata.items() if name in kept}
+        cell.metadata = {name: value for name, value in cell.metadata.items() if name == "tags"}
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
 
@@ -105,10 +108,11 @@ def main():
     parser.add_argument("--fast", action="store_true", help="few steps")
     parser.add_argument("--keep", action="store_true", help="do not write the notebooks")
     args = parser.parse_args()
+    paths = {path.name.split("_")[0]: path for path in notebooks()}
+    if unknown := set(args.numbers) - paths.keys():
+        sys.exit(f"no notebook {', '.join(sorted(unknown))}: there are {', '.join(paths)}")
     bad = 0
-    for path in notebooks():
-        if args.numbers and path.name.split("_")[0] not in args.numbers:
-            continue
+    for path in map(paths.get, args.numbers or paths):
         notebook, began = nbformat.read(path, as_version=4), time.perf_counter()
         seconds = execute(notebook, args.fast)
         total = time.perf_counter() - began

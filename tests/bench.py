@@ -120,25 +120,25 @@ def decode(args, device, limit):
 
 def growth(args, device, limit):
     """Milliseconds a token in the middle of the picture, peak memory and caches, against batch and grid."""
-    rows = []
-    for side, batches in ((16, (1, 4, 16, 64)), (24, (1, 8)), (32, (1, 8))):
-        for images in batches:
-            gpt = sample.packed(random_gpt(args.size, side ** 2, device))
-            peak_bytes(device, start=True)
-            caches = gpt.new_caches(2 * images)
-            for part in (tensor for cache in caches for tensor in (cache.k, cache.v)):
-                part.fill_(0)                                    # else their pages are not there yet
-            place = slice(side ** 2 // 2, side ** 2 // 2 + 1)
-            token = torch.zeros(2 * images, dtype=torch.long, device=device)
-            with torch.no_grad():
-                s = best_of_turns({"step": lambda: gpt.step(token, place, None, caches)}, device, 4)["step"]
-            rows.append({"grid": side, "images": images, "ms per token": s * 1e3,
-                         "ms per image": s * 1e3 / images,
-                         "peak MB": (peak_bytes(device) or 0) / 1e6,
-                         "caches MB": sum(c.k.nbytes + c.v.nbytes for c in caches) / 1e6,
-                         "by formula": cache_bytes(gpt.config, 2 * images, side ** 2 + 1) / 1e6})
-            del gpt, caches, part                                # before the next ones are made
-    return rows
+    return [middle_step(args.size, device, side, images)
+            for side, batches in ((16, (1, 4, 16, 64)), (24, (1, 8)), (32, (1, 8))) for images in batches]
+
+
+def middle_step(size, device, side, images):
+    """A row of `growth`. Its GPT and caches are gone before those of the next are made."""
+    gpt = sample.packed(random_gpt(size, side ** 2, device))
+    peak_bytes(device, start=True)
+    caches = gpt.new_caches(2 * images)
+    for cache in caches:
+        cache.k.fill_(0), cache.v.fill_(0)                       # else their pages are not there yet
+    place = slice(side ** 2 // 2, side ** 2 // 2 + 1)
+    token = torch.zeros(2 * images, dtype=torch.long, device=device)
+    with torch.no_grad():
+        s = best_of_turns({"step": lambda: gpt.step(token, place, None, caches)}, device, 4)["step"]
+    return {"grid": side, "images": images, "ms per token": s * 1e3, "ms per image": s * 1e3 / images,
+            "peak MB": (peak_bytes(device) or 0) / 1e6,
+            "caches MB": sum(c.k.nbytes + c.v.nbytes for c in caches) / 1e6,
+            "by formula": cache_bytes(gpt.config, 2 * images, side ** 2 + 1) / 1e6}
 
 
 def training(args, device, limit):
@@ -150,7 +150,7 @@ def training(args, device, limit):
 
     def step(precision):
         with precision():
-            loss = gpt(tokens[:, :-1], tokens[:, 0] % 1000, tokens)[1]
+            loss = gpt(tokens[:, :-1], tokens[:, 0] % 1000, tokens, want_logits=False)[1]
         loss.backward()
         nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         optimizer.step()

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 import run
 from checks import FILES, check
 
+PRELUDE = {"math": math, "np": np, "torch": torch, "nn": torch.nn, "F": torch.nn.functional}
 EXERCISES = []                           # (exercise, code of the stub, of the solution)
 for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
     for cell, code in run.solutions(nbformat.read(path, as_version=4)):
@@ -26,9 +27,6 @@ def told(code, capsys):
     """What the last check of this code prints."""
     exec(code, {"check": check, **PRELUDE})
     return capsys.readouterr().out.strip().splitlines()[-1]
-
-
-PRELUDE = {"math": math, "np": np, "torch": torch, "nn": torch.nn, "F": torch.nn.functional}
 
 
 @pytest.mark.parametrize("name, stub, solution", EXERCISES)

@@ -275,7 +275,7 @@ def test_the_demos_run(name, capsys):
 
 
 def test_lines_fit_the_page():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("notebooks/**/*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 110, f"{path.name}:{number}"
 

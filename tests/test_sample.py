@@ -1,10 +1,12 @@
 """pytest -q tests/test_sample.py"""
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -546,3 +548,18 @@ def test_compile_without_a_compiler_is_one_line_before_anything_else(tmp_path):
         "CXX": "no-such-compiler", "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
     told = result.stderr.strip().splitlines()
     assert len(told) == 3 and all("error: --compile does not work here" in line for line in told), told
+
+
+def test_before_anyone_has_trained_the_weights_that_come_along_draw_and_afterwards_the_own_ones(
+        trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw = ["--device", "cpu", "--per-class", "1", "--classes", "heart"]
+    main(get_args(draw))
+    assert "notebooks/weights/gpt.pt" in Path(capsys.readouterr().out.splitlines()[0]).as_posix()
+    assert (tmp_path / "out/samples.png").stat().st_size > 1000
+    with pytest.raises(InputError, match="out/gpt.pt does not exist"):
+        main(get_args(["--device", "cpu", "--prompts", "a red heart"]))  # there is none for captions yet
+    for name in ("vq.pt", "gpt.pt"):
+        shutil.copy(trained / name, tmp_path / "out" / name)
+    main(get_args(draw))
+    assert "notebooks" not in capsys.readouterr().out

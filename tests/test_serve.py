@@ -9,6 +9,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,7 +45,6 @@ def engine(gpt, tmp_path, guided=True, path=None, **settings):
         yield serving
     finally:
         serving.close()
-        gc.collect()
 
 
 def equal(serving, gpt, cond, mask=None, **how):
@@ -102,7 +102,7 @@ def test_without_guidance_a_sequence_has_one_row_and_cannot_be_guided(tmp_path):
 
 @needs_vllm
 @pytest.mark.parametrize("cond_rope", ["zero", "identity"])
-def test_tokens_of_a_text_model_are_those_of_generate_whatever_is_padded(tmp_path, cond_rope, monkeypatch):
+def test_tokens_of_a_text_model_are_those_of_generate_whatever_is_padded(tmp_path, cond_rope):
     gpt = a_gpt(model_type="t2i", cls_token_num=6, caption_dim=32, cond_rope=cond_rope)
     cond = torch.randn(6, 6, 32)
     mask = (torch.arange(6) >= torch.arange(6)[:, None]).long()          # none, 1, ..., 5 of 6 are padding
@@ -186,3 +186,7 @@ def test_the_command_draws_a_sheet_and_an_npz(trained, tmp_path, monkeypatch):
         serve_vllm.main(serve_vllm.get_args([*models, "--prompts", "a cat"]))
     serve_vllm.main(serve_vllm.get_args([*models, "--per-class", "2"]))
     assert (tmp_path / "s.png").stat().st_size > 1000
+    gc.collect()                                                 # one engine at a time
+    serve_vllm.main(serve_vllm.get_args([*models, "--npz", str(tmp_path / "s.npz"), "--num-samples", "12"]))
+    with np.load(tmp_path / "s.npz") as file:
+        assert file["arr_0"].shape == (12, 32, 32, 3) and len(np.unique(file["arr_0"], axis=0)) > 6

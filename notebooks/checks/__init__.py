@@ -1,6 +1,6 @@
 """Checks that diagnose: what is asked, of an answer to an exercise, one property after the other.
 
-Each file here holds the checks of one notebook. A check is a function of the answer that yields pairs
+Each file here holds the checks of one notebook. A check is a function of the answer that yields
 
     (whether the property holds, "what is wrong, in one sentence", "an experiment of one or two lines")
 

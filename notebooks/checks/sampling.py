@@ -10,13 +10,14 @@ def kept(logits):
 
 
 def top_p(answer):
-    logits = torch.tensor([[1.0, 3.0, 0.0, 2.0], [0.0, 0.0, 5.0, 0.0]])        # p: 0.09 0.64 0.03 0.24; 0.01 0.98
+    logits = torch.tensor([[1.0, 3.0, 0.0, 2.0], [0.0, 0.0, 5.0, 0.0]])    # p: 0.09 0.64 0.03 0.24; 0.01 0.98
     before = logits.clone()
     result = answer(logits, 0.8)
     yield is_tensor(result, (2, 4))
     yield torch.equal(logits, before), "the logits that were passed in have changed: work on a copy.", \
         "print the argument before and after"
-    yield not torch.isnan(result).any(), "there is NaN in what you return.", "0 * inf is NaN: fill, do not multiply"
+    yield not torch.isnan(result).any(), "there is NaN in what you return.", \
+        "0 * inf is NaN: fill, do not multiply"
     sure = torch.tensor([[0.0, 9.0, 1.0]])
     yield kept(answer(sure, 0.01)).any(), "a tiny p leaves no token at all: the likeliest must survive.", \
         "top_p(torch.tensor([[0., 9., 1.]]), 0.01)"
@@ -25,10 +26,12 @@ def top_p(answer):
     yield (result.exp().sum(-1) < before.exp().sum(-1)).all(), "nothing is removed, or not by -inf.", \
         "print(top_p(logits, 0.8).softmax(-1))"
     share = torch.where(kept(result), before.softmax(-1), 0.0).sum(-1)
-    yield (share >= 0.8).all(), "what is left has less than p together: you removed the token that crosses p.", \
+    yield (share >= 0.8).all(), \
+        "what is left has less than p together: you removed the token that crosses p.", \
         "p = 0.8 with probabilities 0.64, 0.24, 0.09, 0.03: which survive?"
     yield torch.equal(result[kept(result)], before[kept(result)]), \
-        "the logits of the survivors have changed, or sit at the places of others: sorting has to be undone.", \
+        "the logits of the survivors have changed, or sit at the places of others: sorting has to be " \
+        "undone.", \
         "compare the places of the largest logit before and after"
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)) * 3
     yield torch.equal(kept(answer(logits, 0.7)), kept(filter_logits(logits, top_p=0.7))), \
@@ -45,13 +48,15 @@ def guidance(answer):
     yield not same(zero, two), "s changes nothing.", "compare s = 0 with s = 2"
     yield not (same(zero, c) and same(one, u)), "cond and uncond have changed places.", \
         "which of the two does s = 1 give back?"
-    yield same(one, c), "s = 1 must give the conditional logits: that is no guidance, and yours are others.", \
+    yield same(one, c), \
+        "s = 1 must give the conditional logits: that is no guidance, and yours are others.", \
         "put s = 1 into the equation"
     yield same(zero, u), "s = 0 must give the unconditional logits, and yours are others.", \
         "put s = 0 into the equation"
     yield same(answer(c, c, 5.0), c), "where the class changes nothing, guidance has nothing to add.", \
         "pass the same logits twice"
-    yield same(two, guide(torch.cat([c, u]), 2.0)), "s = 2 has to lie as far beyond cond as cond is from uncond.", \
+    yield same(two, guide(torch.cat([c, u]), 2.0)), \
+        "s = 2 has to lie as far beyond cond as cond is from uncond.", \
         "put s = 2 into the equation"
 
 
@@ -71,7 +76,8 @@ def complete(answer):
     yield is_tensor(result, (2, 64))
     yield torch.equal(result[:, :3], given), "the given tokens are not the first of the picture.", \
         "print(result[:, :5])"
-    yield seen[:1] == [3], "the model's first look is not at the given tokens.", "print tokens.shape in the loop"
+    yield seen[:1] == [3], "the model's first look is not at the given tokens.", \
+        "print tokens.shape in the loop"
     yield seen == list(range(3, 64)), "the model does not see every token so far, or is asked too often.", \
         "print tokens.shape in the loop"
     yield torch.equal(result[:, 3:], (given[:, 2:] + torch.arange(1, 62)) % 100), \

@@ -26,7 +26,8 @@ def cache_update(update):
            torch.equal(result[1][:, :, place], v), "what comes back is not all that has been filled so far.",
            "print(result[0].shape, place)")
     yield (result[0].data_ptr() == k_all.data_ptr(), "what comes back is a copy, and copying a long cache at "
-           "each step takes the time that it should save.", "compare result[0].data_ptr() and k_all.data_ptr()")
+           "each step takes the time that it should save.",
+           "compare result[0].data_ptr() and k_all.data_ptr()")
 
 
 def memory(count):
@@ -38,14 +39,16 @@ def memory(count):
                        ("size", "bytes a number")):
         yield (count(**{**sizes, name: 2 * sizes[name]}) == 2 * given,
                f"twice as many {what} should take twice the memory.", f"double {name} alone")
-    yield (count(**{**sizes, "n_kv_head": 4}) == 2 * given, "two query heads share a key here, yet it takes as "
-           "much as if each had its own.", "change n_kv_head alone")
+    yield (count(**{**sizes, "n_kv_head": 4}) == 2 * given, "two query heads share a key here, yet it takes "
+           "as much as if each had its own.", "change n_kv_head alone")
     yield (count(**{**sizes, "n_head": 8, "dim": 64}) == given, "more heads of the same width, with as many "
            "key-value heads as before, need no more.", "double n_head and dim together")
     gpt = GPT(GPTConfig(dim=32, n_layer=3, n_head=4, n_kv_head=2, vocab_size=8, block_size=16, num_classes=2))
     real = sum(part.nbytes for cache in gpt.new_caches(4) for part in vars(cache).values())
-    yield (given != real / 2, "it is exactly half of what new_caches takes.", "print(vars(gpt.new_caches(1)[0]))")
-    yield given == real, "everything grows as it should, but by a wrong factor.", "sum up .nbytes of new_caches"
+    yield (given != real / 2, "it is exactly half of what new_caches takes.",
+           "print(vars(gpt.new_caches(1)[0]))")
+    yield given == real, "everything grows as it should, but by a wrong factor.", \
+        "sum up .nbytes of new_caches"
 
 
 def drop_rows(drop):
@@ -53,13 +56,14 @@ def drop_rows(drop):
     result = drop(newest, k, v)
     yield (isinstance(result, (tuple, list)) and len(result) == 3 and all(map(torch.is_tensor, result)),
            "three tensors are to come back.", "print(type(result))")
-    yield (all(len(part) == 3 for part in result), "of 6 rows 3 are conditional, and each of the three tensors "
-           "should have as many.", "print the shapes")
+    yield (all(len(part) == 3 for part in result), "of 6 rows 3 are conditional, and each of the three "
+           "tensors should have as many.", "print the shapes")
     yield (result[0].tolist() != [3, 4, 5], "the unconditional rows stay, and the class is forgotten.",
            "read guide in sample.py: which half comes first?")
     yield (result[0].tolist() != [0, 2, 4], "conditional and unconditional rows do not alternate.",
            "read where generate makes twice as many rows")
-    yield (torch.equal(result[0], newest[:3]) and torch.equal(result[1], k[:3]) and torch.equal(result[2], v[:3]),
+    yield (torch.equal(result[0], newest[:3]) and torch.equal(result[1], k[:3]) and
+           torch.equal(result[2], v[:3]),
            "tokens, keys and values are not those of the same rows.", "compare the three row by row")
     yield (result[1].data_ptr() == k.data_ptr() and result[2].data_ptr() == v.data_ptr(),
            "the caches were copied.", "compare the .data_ptr() of k before and after")

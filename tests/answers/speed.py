@@ -10,7 +10,8 @@ WRONG = {
         ("def cache_update(k_all, v_all, place, k, v):\n"
          "    later = slice(place.start + 1, place.stop + 1)\n"
          "    k_all[:, :, later], v_all[:, :, later] = k, v\n"
-         "    return k_all[:, :, :place.stop + 1], v_all[:, :, :place.stop + 1]", "do not stand at their places"),
+         "    return k_all[:, :, :place.stop + 1], v_all[:, :, :place.stop + 1]",
+         "do not stand at their places"),
         ("import torch\ndef cache_update(k_all, v_all, place, k, v):\n"
          "    join = lambda old, new: torch.cat([old[:, :, :place.start], new], dim=2)\n"
          "    return join(k_all, k), join(v_all, v)", "nothing was written"),

@@ -3,7 +3,8 @@
 WRONG = {
     "dice": [('answer = "a"', "same pixels"), ('answer = "C"', "same logits"),
              ('answer = "the draw"', "three letters")],
-    "film": [('answer = "a"', "column by column"), ('answer = "c"', "blurred"), ("answer = 2", "three letters")],
+    "film": [('answer = "a"', "column by column"), ('answer = "c"', "blurred"),
+             ("answer = 2", "three letters")],
     "surprise": [('answer = "a"', "also read"), ('answer = " c"', "not written yet"),
                  ('answer = ["b"]', "three letters")],
 }
