@@ -745,6 +745,7 @@ def get_args(argv=None):
     add("--data-dir", help="where to look for the data set's files first")
     add("--out", required=True, help="folder of the codes; train/ and test/ are made in it")
     add("--cond", default="class", choices=("class", "text"), help="what comes with a picture")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror images too; left out: if no captions")
     add("--splits", nargs="+", default=["train", "test"], choices=["train", "test"], help="parts to tokenize")
     add("--image-size", type=counting, default=32, help="side of a crop in pixels")
     add("--ten-crop", type=positive, nargs="+", default=[], metavar="RANGE",
@@ -781,8 +782,8 @@ def main(args):
     check_tokenizer(vq, args.image_size, args.vq)
     check_output(out / args.splits[0] / "codes.npy")
     for split in args.splits:
-        data = load_data(args.data, split, args.image_size, args.limit, args.data_dir, ranges=args.ten_crop,
-                         captioned=args.cond == "text")
+        data = load_data(args.data, split, args.image_size, args.limit, args.data_dir, args.flip,
+                         args.ten_crop, args.cond == "text")
         extract_codes(vq, vq_hash, data, out / split, device, args.batch_size)
         codes, _, _ = read_codes(out / split)
         if rank_and_world()[0] == 0:

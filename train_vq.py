@@ -257,7 +257,7 @@ def main(args):
     vq, name = prepare_model(args, state, device)
     config = vq.config
     lpips = load_lpips(args, device)
-    train, test = (load_data(args.data, split, args.image_size, args.limit, args.data_dir,
+    train, test = (load_data(args.data, split, args.image_size, args.limit, args.data_dir, args.flip,
                              captioned=args.cond == "text") for split in ("train", "test"))
     identity, batch_size = check_same_data(args, state, train.identity()), batch_of(args, len(train))
     disc = PatchDiscriminator(args.image_size).to(device)

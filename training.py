@@ -21,6 +21,7 @@ import signal
 import sys
 import textwrap
 import time
+from argparse import BooleanOptionalAction
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ def add_training_flags(parser, out, minutes):
     add("--data-dir", help="where to look for the data set's files first")
     add("--limit", type=counting, help="use only so many pictures of each split")
     add("--cond", default="class", choices=("class", "text"), help="what a picture has: class or caption")
+    add("--flip", action=BooleanOptionalAction, help="mirror images too; left out: if no captions")
     add("--out", default=out, help="the checkpoint; its log and preview are written beside it")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     group = parser.add_argument_group("how long and where")

@@ -418,6 +418,19 @@ def test_captioned_files_train_end_to_end(trained, tmp_path):
     assert "picture" in state["text_encoder"]["words"]
 
 
+@pytest.mark.parametrize("flags, crops", [([], 2), (["--no-flip"], 1), (["--flip"], 2)])
+def test_mirror_images_are_used_unless_told_otherwise(trained, tmp_path, flags, crops):
+    for i, kind in enumerate("bd" * 5):
+        (tmp_path / "set" / kind).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (30 * i, 0, 0)).save(tmp_path / "set" / kind / f"{i}.png")
+    flags = ["--vq", str(trained / "vq.pt"), "--data", str(tmp_path / "set"), "--steps", "1", *flags]
+    run_gpt(tmp_path, *flags)
+    folders = list((tmp_path / "codes").iterdir())
+    assert len(folders) == 2 and all(data.read_codes(folder)[0].shape[1] == crops for folder in folders)
+    with pytest.raises(InputError, match="--flip .* instead of"):
+        run_gpt(tmp_path, *flags, "--resume", "--no-flip" if crops == 2 else "--flip")
+
+
 def test_codes_that_were_extracted_before_are_used_and_have_to_fit(trained, tmp_path):
     extract = ["extract", "--data", "shapes", "--limit", "20", "--cond", "text", "--vq",
                str(trained / "vq.pt")]
