@@ -144,9 +144,9 @@ def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperat
 def find_models(args):
     """Fill in --gpt and --vq where they were left out: what the training scripts left in out/ or, before
     anyone has trained, what comes with the project."""
-    shipped = Path(__file__).parent / "notebooks/weights"
-    if not (args.gpt or args.vq or args.prompts or args.prompts_file or Path("out/gpt.pt").exists()):
-        args.gpt, args.vq = (str(shipped / f"{name}.pt") for name in ("gpt", "vq"))
+    folder, kind = Path(__file__).with_name("notebooks"), "text_" * bool(args.prompts or args.prompts_file)
+    if not (args.gpt or args.vq or Path("out/gpt.pt").exists()):
+        args.gpt, args.vq = (str(folder / f"weights/{kind}{name}.pt") for name in ("gpt", "vq"))
         print(f"no out/gpt.pt yet: these are the weights that come with the project, {args.gpt}")
     args.gpt, args.vq = args.gpt or "out/gpt.pt", args.vq or "out/vq.pt"
 

@@ -19,7 +19,6 @@ ROOT = next(folder for folder in HERE.parents if (folder / "tokenizer.py").exist
 WEIGHTS = HERE / "weights"
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")                # the same pictures on every machine
 
 import numpy as np
 import torch
@@ -60,6 +59,7 @@ def start(title, minutes):
 
     minutes  what the whole notebook takes on the reference machine
     """
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")            # the same pictures on every machine
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     import matplotlib.pyplot as plt

@@ -5,11 +5,17 @@ import sys
 
 import nbformat
 import pytest
+import torch
 
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "notebooks"))
+import course
+import make_weights
 import run
+from runs import read_checkpoint, weights_hash
+from sample import generate
+from tokenizer import to_pictures
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -49,3 +55,24 @@ def test_a_notebook_that_there_is_not_is_one_line(numbers, message, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["run.py", *numbers])
     with pytest.raises(SystemExit, match=message):
         run.main()
+
+
+def test_the_weights_that_come_along_are_small_and_belong_together():
+    assert {path.stem for path in course.WEIGHTS.iterdir()} == make_weights.RUNS.keys()
+    assert sum(path.stat().st_size for path in course.WEIGHTS.iterdir()) < 15e6
+    for vq, gpt in (("vq", "gpt"), ("text_vq", "text_gpt")):
+        saved = read_checkpoint(course.WEIGHTS / f"{gpt}.pt")
+        assert saved["vq_hash"] == weights_hash(course.load(vq)), f"{gpt} was trained on other tokens"
+        assert {weight.dtype for weight in saved["model"].values()} == {torch.float16}
+    classes = torch.arange(10).repeat(10)
+    with torch.no_grad():
+        pictures = to_pictures(course.load("vq"), generate(course.load("gpt"), classes, temperature=0.5))
+        seen = course.load("judge").features(pictures.permute(0, 3, 1, 2))["logits"].argmax(-1)
+    assert (seen == classes).float().mean() > 0.8
+    assert course.load("text").eval() and course.load("text_gpt").config.model_type == "t2i"
+
+
+def test_rounding_touches_float32_alone():
+    given = {"a": torch.tensor([1 / 3]), "b": {"c": torch.tensor([7]), "d": "words"}}
+    assert make_weights.half(given)["a"].dtype == torch.float16
+    assert make_weights.half(given)["b"] == {"c": torch.tensor([7]), "d": "words"}
