@@ -45,6 +45,7 @@ def make(name):
         saved = read_checkpoint(OUT / f"{name}.pt")
         kept = {part: saved[part] for part in ("model", "config", "image_size", "class_names", "vq_hash",
                                                "text_encoder") if part in saved}
+        kept["args"] = {"data": saved["args"]["data"]}           # what fid.py compares with
     torch.save(half(kept), WEIGHTS / f"{name}.pt")
     print(f"wrote {WEIGHTS / name}.pt")
 

@@ -5,8 +5,9 @@ import math
 def number(value):
     """The property that most answers here have to have first."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    shown = "..." if value is ... else repr(value)
-    return good, f"the result is {shown}, not a finite number.", "print what you return"
+    if value is ...:
+        return False, "the dots are still there: your line takes their place.", ""
+    return good, f"the result is {value!r}, not a finite number.", "print what you return"
 
 
 def verdict(answer):
@@ -73,8 +74,8 @@ def hypothesis(answer):
         "give the change to run as an argument"
     gap = "lower" if max(a) < min(b) else "higher" if min(a) > max(b) else None
     yield gap or claim == "cannot say", "the ranges of the seeds overlap: you cannot say.", \
-        "more seeds, or more steps"
+        "more steps, or a larger change (more seeds only widen a range)"
     yield not gap or claim != "cannot say", \
         "the ranges do not even touch: here you may say something.", "compare the highest with the lowest"
     yield not gap or claim == gap, "the ranges are apart, but in the other direction than you claim.", \
-        "lower losses are better"
+        "compare max(changed) with min(unchanged)"
