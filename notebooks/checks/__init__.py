@@ -2,7 +2,7 @@
 
 Each file here holds the checks of one notebook. A check is a function of the answer that yields
 
-    (whether the property holds, "what is wrong, in one sentence", "an experiment of one or two lines")
+    (whether the property holds, "what is wrong, in one sentence", "an experiment of one or two lines, if any")
 
 in the order in which a student should mend them. The first that does not hold is told, no other, and never
 the answer. What the answer raises is told in one line. Names are "<notebook>.<exercise>".
@@ -25,9 +25,9 @@ def check(name, answer):
     try:
         if answer is None or answer is ...:
             return print("not yet: there is no answer. Replace the dots by yours")
-        for holds, wrong, experiment in getattr(module, exercise)(answer):
+        for holds, wrong, *experiment in getattr(module, exercise)(answer):
             if not holds:
-                return print(f"not yet: {wrong}" + (f" Try: {experiment}" if experiment else ""))
+                return print(f"not yet: {wrong}", *(f"Try: {words}" for words in experiment))
             count += 1
     except Exception as error:
         where = type(error).__name__
