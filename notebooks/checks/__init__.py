@@ -2,9 +2,9 @@
 
 Each file here holds the checks of one notebook. A check is a function of the answer that yields
 
-    (whether the property holds, "what is wrong, in one sentence", "an experiment of one or two lines, if any")
+    (whether the property holds, "what is wrong, in one sentence", "an experiment of one or two lines")
 
-in the order in which a student should mend them. The first that does not hold is told, no other, and never
+in the order in which a student should mend them. The experiment may be left out. The first that does not hold is told, no other, and never
 the answer. What the answer raises is told in one line. Names are "<notebook>.<exercise>".
 """
 import importlib
