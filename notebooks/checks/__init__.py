@@ -4,8 +4,9 @@ Each file here holds the checks of one notebook. A check is a function of the an
 
     (whether the property holds, "what is wrong, in one sentence", "an experiment of one or two lines")
 
-in the order in which a student should mend them. The experiment may be left out. The first that does not hold is told, no other, and never
-the answer. What the answer raises is told in one line. Names are "<notebook>.<exercise>".
+in the order in which a student should mend them; the experiment may be left out. The first that does not hold
+is told, no other, and never the answer. What the answer raises is told in one line. Names are
+"<notebook>.<exercise>".
 """
 import importlib
 import textwrap
