@@ -20,12 +20,12 @@ dice = prediction(
 
 film = prediction(
     a=("the tokens are not written column by column.",
-       "look at the first frame of the film again: beside which one does the second token stand?"),
+       "run the next cell, and look at the film's first frame: beside which one is the second token?"),
     c=("no place of the film is blurred: it is either painted or grey.",
-       "look at the frame after 32 tokens again: how much of it is grey, and where?"))
+       "run the next cell, and look at the frame after 32 tokens: how much of it is grey, and where?"))
 
 surprise = prediction(
     a=("the replaced tokens are also read, when others are predicted.",
-       "look at the two maps again, just right of the white frame and below it"),
+       "run the next cells, and look at the two maps, just right of the white frame and below it"),
     c=("the GPT cannot read what is not written yet.",
-       "look at the two maps again, in the three rows above the white frame"))
+       "run the next cells, and look at the two maps, in the three rows above the white frame"))
