@@ -783,7 +783,7 @@ def main(args):
     check_output(out / args.splits[0] / "codes.npy")
     for split in args.splits:
         data = load_data(args.data, split, args.image_size, args.limit, args.data_dir, args.flip,
-                         args.ten_crop, args.cond == "text")
+                         ranges=args.ten_crop, captioned=args.cond == "text")
         extract_codes(vq, vq_hash, data, out / split, device, args.batch_size)
         codes, _, _ = read_codes(out / split)
         if rank_and_world()[0] == 0:

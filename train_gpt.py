@@ -56,8 +56,8 @@ def prepare_codes(args, vq, vq_hash, device):
     check_tokenizer(vq, size, args.vq)
     folders = []
     for split in splits:
-        data = load_data(args.data, split, size, args.limit, args.data_dir, args.flip, args.ten_crop,
-                         args.cond == "text")
+        data = load_data(args.data, split, size, args.limit, args.data_dir, args.flip,
+                         ranges=args.ten_crop, captioned=args.cond == "text")
         folders.append(Path(args.out).parent / "codes" / code_key(vq_hash, data))
         extract_codes(vq, vq_hash, data, folders[-1], device)
     return folders

@@ -173,7 +173,7 @@ def ready():
         except ImportError:
             good = tell(False, f"{package} is missing: pip install -r requirements.txt "
                                "-r notebooks/requirements.txt")
-    for name in ("vq", "gpt"):
+    for name in ("vq", "gpt", "text_vq", "text_gpt", "text", "judge"):
         try:
             load(name)
             tell(True, f"weights of {name}")

@@ -5,8 +5,6 @@ import math
 def number(value):
     """The property that most answers here have to have first."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if value is ...:
-        return False, "the dots are still there: your line takes their place."
     return good, f"the result is {value!r}, not a finite number.", "print what you return"
 
 
