@@ -738,7 +738,8 @@ def sweep(args, device):
     judge = None if rank_and_world()[0] else (Judged if args.ref in ARRAY_NAMES else Inception)(args, device)
     for scale in args.sweep:
         path = target.with_suffix("") / f"cfg_{scale:g}.npz"
-        draw(args, path, "--cfg-scale", str(scale), "--num-samples", str(args.num_samples))
+        draw(args, path, "--cfg-scale", str(scale), "--num-samples", str(args.num_samples), "--cfg-schedule",
+             args.cfg_schedule)
         if not judge:
             continue
         table.append({"cfg_scale": scale} | {name: value for name, value in judge.measure(path).items()
@@ -833,6 +834,7 @@ def get_args(argv=None):
     add("--features", default="inception", choices=("inception", "classifier"), help="what rFID compares")
     add = parser.add_argument_group("drawing and measuring").add_argument
     add("--sweep", type=finite, nargs="+", metavar="S", help="draw at these guidance scales in turn")
+    add("--cfg-schedule", default="constant", choices=sample.SCHEDULES, help="of a --sweep: see sample.py")
     add("--alignment", type=counting, metavar="M", help="draw M pictures of each kind of caption of shapes")
     add("--gpt", default="out/gpt.pt", help="the GPT that draws; its data set is REF if that is left out")
     add("--vq", help=f"the tokenizer that it was trained with; {VQ} if left out")

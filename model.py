@@ -4,7 +4,7 @@
 
 Shapes: B images, R sequences (B, or 2 B with guidance), T tokens given so far, N = block_size tokens of an
         image, V vocabulary, L condition tokens, S = L + T sequence, D model width, H heads, G key-value
-        heads, d = D / H head width, E caption feature width.
+        heads, d = D / H head width, E caption feature width, Q tokens drawn in one pass.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2. RMSNorm (Zhang 2019), SwiGLU (Shazeer 2020), RoPE (Su 2021).
 Run:    python model.py              # the shapes of one forward pass
 """
@@ -13,7 +13,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 import torch.nn as nn
@@ -41,12 +41,15 @@ class GPTConfig:
     class_dropout: float = 0.1           # share of conditions replaced by the null condition, for guidance
     drop_path: float = 0.0           # stochastic depth: the last layer is skipped this often, the first never
     cond_rope: str = "zero"              # the condition's rows of the RoPE table: zero or identity, see there
+    order: str = "raster"                # in which tokens are drawn: row by row, or neighbours, see there
 
     def __post_init__(self):
         for wrong, message in (
             (self.model_type not in ("c2i", "t2i"), f"model_type {self.model_type!r}: has to be c2i or t2i"),
             (self.cond_rope not in ("zero", "identity"),
              f"cond_rope {self.cond_rope!r}: has to be zero or identity"),
+            (self.order not in ("raster", "neighbours"),
+             f"order {self.order!r}: has to be raster or neighbours"),
             (self.model_type == "c2i" and self.cls_token_num != 1,
              f"cls_token_num {self.cls_token_num}: a class is one token"),
             (self.block_size < 1 or math.isqrt(self.block_size) ** 2 != self.block_size,
@@ -97,10 +100,42 @@ def rope_table(config, device=None, base=10000.0):
     rows = angles[:, None].expand(side, side, -1)
     columns = angles[None, :].expand(side, side, -1)
     angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)                                       # (N, d/2)
+    if config.order == "neighbours":
+        angles = angles[Neighbours(side, device).order]          # as they follow one another in the sequence
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)                                    # (N, d/2, 2)
     condition = table.new_zeros(config.cls_token_num, *table.shape[1:])                          # (L, d/2, 2)
     condition[..., 0] = config.cond_rope == "identity"           # the cosine; the sine stays 0
     return torch.cat([condition, table])
+
+
+class Neighbours:
+    """An order of fewer passes (NAR, arXiv 2503.10696): all places at one distance, row + column, from the
+    corner are drawn at once, 2 n - 1 passes for n x n tokens instead of n^2.
+
+        0 1 2      Each token predicts two others: its right neighbour through GPT.output and its lower one
+        1 2 3      through GPT.lower. Where both reach a place, their logits are averaged. The tokens of a
+        2 3 4      pass do not see each other before they are drawn, but from then on all see all.
+
+    order    (N,)    the raster index of the token that stands at each place of the sequence
+    turn     (N,)    the pass in which that one is drawn
+    passes   the parts of the sequence that are drawn together, 2 n - 1 slices
+    sources  (N, 2)  of each raster index: where in the sequence its left and its upper neighbour stand,
+                     counted from 1; 0 is the condition, and also stands for a neighbour that is not there
+    shares   (N, 2)  how much each of the two counts
+    """
+
+    def __init__(self, n, device=None):
+        place = torch.arange(n * n, device=device)
+        row, column = place // n, place % n
+        self.order = ((row + column) * n + row).argsort()
+        self.turn = (row + column)[self.order]
+        ends = list(accumulate(min(d, n, 2 * n - d) for d in range(2 * n)))      # 0, 1, 3, ..., N
+        self.passes = [slice(start, stop) for start, stop in zip(ends, ends[1:])]
+        there = torch.stack([column > 0, row > 0], dim=-1)                                       # (N, 2)
+        rank = self.order.argsort()
+        self.sources = torch.stack([rank[place - 1], rank[place - n]], dim=-1).add(1) * there
+        self.shares = there / there.sum(dim=-1, keepdim=True).clamp(min=1)
+        self.shares[0, 0] = 1                                    # the condition predicts the corner
 
 
 def apply_rope(x, table):
@@ -307,19 +342,30 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config, config.drop_path * i / last) for i in range(config.n_layer))
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.rope = rope_table(config)
+        if config.order == "neighbours":
+            self.lower = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.make_tables()
         self.idle_caches = []                               # see take_caches
 
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.output.weight)                  # the first loss is exactly ln V: all tokens alike
+        # The first loss is exactly ln V: all tokens are alike.
+        for head in [self.output] if config.order == "raster" else [self.output, self.lower]:
+            nn.init.zeros_(head.weight)
+
+    def make_tables(self):
+        """What is not learnt and stays out of the state dict, on the device of the weights."""
+        device = self.norm.weight.device
+        self.rope = rope_table(self.config, device)
+        self.neighbours = None if self.config.order == "raster" else Neighbours(
+            math.isqrt(self.config.block_size), device)
 
     def _apply(self, fn, recurse=True):
-        # Called by .to(), .cuda(), .bfloat16(). The RoPE table follows the weights to their device but stays
-        # float32 and out of the state dict, which a buffer would not; rebuilding it takes microseconds.
+        # Called by .to(), .cuda(), .bfloat16(). The tables follow the weights to their device but stay
+        # float32 and out of the state dict, which buffers would not; rebuilding them takes microseconds.
         super()._apply(fn, recurse)
-        self.rope = rope_table(self.config, device=self.norm.weight.device)
+        self.make_tables()
         return self
 
     def attention_mask(self, cond_mask):
@@ -327,8 +373,11 @@ class GPT(nn.Module):
 
         cond_mask (B, L), nonzero = valid. Returns (B, 1, L + N, L + N), or for None (L + N, L + N).
         """
-        total = self.rope.shape[0]
-        causal = torch.ones(total, total, dtype=torch.bool, device=self.rope.device).tril()
+        total, L = self.rope.shape[0], self.config.cls_token_num
+        when = torch.arange(total, device=self.rope.device)      # known to all from then on
+        if self.neighbours:
+            when[L:] = L + self.neighbours.turn
+        causal = when[:, None] >= when                           # a triangle, or one of blocks
         if cond_mask is None:
             return causal
         valid = F.pad(cond_mask != 0, (0, total - cond_mask.shape[1]), value=True)       # (B, L + N)
@@ -353,23 +402,38 @@ class GPT(nn.Module):
         targets    (B, T + 1), or None for no loss
         cond_mask  (B, L), nonzero = valid, padding on the left; None = all valid
         Returns logits (B, T + 1, V) in float32, position t predicting token t, or None for who does not
-        want_logits, which are large; and the loss, a mean in nats per token.
+        want_logits, which are large; and the loss, a mean in nats per token. All in raster order, whatever
+        the order of drawing; but by neighbours all tokens have to be there, T = N - 1.
         """
         self.check_cond(cond, cond_mask)
         c, L = self.config, self.config.cls_token_num
         T = check_tensor("tokens", tokens, (len(cond), "T"), cond.device, c.vocab_size, most=c.block_size - 1)
+        if self.neighbours:
+            if T < c.block_size - 1:
+                raise InputError(f"order neighbours: all tokens but the last are needed, {c.block_size - 1}")
+            tokens = tokens[:, self.neighbours.order[:-1]]       # the last is the last in both orders
         x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (B, S, D)
-        mask = None if cond_mask is None else self.attention_mask(cond_mask)[..., :L + T, :L + T]
+        plain = cond_mask is None and not self.neighbours
+        mask = None if plain else self.attention_mask(cond_mask)[..., :L + T, :L + T]
         x = self.tok_dropout(x)
         for layer in self.layers:
             x = layer(x, self.rope[:L + T], mask)
         # The last condition token predicts token 0; the condition tokens before it predict nothing.
-        logits = self.output(self.norm(x[:, L - 1:]))                                    #   (B, T + 1, V)
+        logits = self.predict(self.norm(x[:, L - 1:]), slice(None), 0)                   #   (B, T + 1, V)
         loss = None
         if targets is not None:
             check_tensor("targets", targets, (len(cond), T + 1), cond.device, c.vocab_size)
             loss = cross_entropy(logits.flatten(0, 1), targets.long().flatten())
         return logits.float() if want_logits else None, loss
+
+    def predict(self, h, places, start):
+        """Logits (B, Q, V) from outputs h (B, S, D): each of the token that follows it or, by neighbours, of
+        the raster indices `places`, h being the outputs from number `start` on, as Neighbours counts."""
+        if not self.neighbours:
+            return self.output(h)
+        left, above = (self.neighbours.sources[places] - start).clamp(min=0).unbind(-1)          # (Q,)
+        share = self.neighbours.shares[places].to(h.dtype)                                       # (Q, 2)
+        return self.output(h[:, left] * share[:, :1]) + self.lower(h[:, above] * share[:, 1:])
 
     # Decoding with a cache: `prefill` once, then `step` for every further token. sample.py drives them.
 
@@ -396,14 +460,20 @@ class GPT(nn.Module):
         self.step = torch.compile(self.step, fullgraph=True, dynamic=False, mode=mode)
 
     def prefill(self, tokens, cond, mask, caches):
-        """Run condition and given tokens (R, T) at once, filling the caches; logits (R, V) of token T."""
+        """Run condition and given tokens (R, T) at once, filling the caches; logits (R, 1, V) of token T."""
         x = torch.cat([self.cls_embedding(cond), self.tok_embeddings(tokens)], dim=1)    # x (R, S, D)
-        return self.advance(x, slice(0, x.shape[1]), mask, caches)
+        return self.output(self.advance(x, slice(0, x.shape[1]), mask, caches)[:, -1:]).float()
 
-    def step(self, token, place, mask, caches):
-        """Run one token (R,) at its place in the sequence, L + its index, as a slice or a tensor (1,), see
-        KVCache.update; logits (R, V) of the token after it. mask: attention_mask's; None: all is seen."""
-        return self.advance(self.tok_embeddings(token)[:, None], place, mask, caches)
+    def step(self, tokens, place, mask, caches):
+        """Run tokens (R, S), mostly one, at their places in the sequence, L + their index, as a slice or a
+        tensor (S,), see KVCache.update. Logits (R, Q, V): after each of them, so that Q = S, or by neighbours
+        of the next pass. mask: attention_mask's; None, for one token: all is seen."""
+        h = self.advance(self.tok_embeddings(tokens), place, mask, caches)               # h (R, S, D)
+        if not self.neighbours:
+            return self.output(h).float()
+        first = place.start - self.config.cls_token_num
+        later = next(part for part in self.neighbours.passes if part.start > first)
+        return self.predict(h, self.neighbours.order[later], first + 1).float()
 
     def advance(self, x, place, mask, caches):                   # x (R, S, D), S places
         rope = self.rope[place]                                  #   (S, d/2, 2)
@@ -411,7 +481,7 @@ class GPT(nn.Module):
             mask = mask[..., place, :place.stop if isinstance(place, slice) else None]
         for layer, cache in zip(self.layers, caches):
             x = layer(x, rope, mask, cache, place)
-        return self.output(self.norm(x[:, -1])).float()          #   (R, V)
+        return self.norm(x)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
 """Sampling: tokens one after another with a key-value cache and classifier-free guidance, then pixels.
 
 Shapes: B images, R sequences (B, or 2 B with guidance), N tokens of an image, V vocabulary,
-        P given tokens, L condition tokens, M images of a whole job.
+        P given tokens, Q tokens of a pass, L condition tokens, M images of a whole job.
 Paper:  LlamaGen (arXiv 2406.06525) section 2.2; guidance: Ho & Salimans 2022;
-        guidance interval: Kynkaanniemi 2024; top-p: Holtzman 2020.
+        guidance interval: Kynkaanniemi 2024; top-p: Holtzman 2020; several tokens a pass: see draw_ahead.
 Run:    python sample.py             # a labelled grid of the model that train_gpt.py left in out/
 """
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,106 +37,178 @@ SETTINGS = {("class", "own"): (2.25, 0.5), ("class", "released"): (4.0, 1.0),
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
-    """Keep the top_k largest logits (B, V), and of those the most probable ones that reach top_p together;
+    """Keep the top_k largest logits (..., V), and of those the most probable ones that reach top_p together;
     the rest is -inf. Ties with the k-th largest stay, so does the token that crosses top_p.
     """
     V = logits.shape[-1]
     if 0 < top_k < V:
-        kth = logits.topk(top_k).values[:, -1:]                  # (B, 1)
+        kth = logits.topk(top_k).values[..., -1:]                # (..., 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
         values, order = logits.sort(dim=-1, descending=True)
         p = values.softmax(dim=-1)
         outside = p.cumsum(dim=-1) - p >= top_p              # the sum before this token already reaches top_p
-        outside[:, 0] = False                                    # never remove the best token
-        logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+        outside[..., 0] = False                                  # never remove the best token
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return logits
 
 
-def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """One token per row of logits (B, V), a sample of p = softmax(logits / temperature): (B,) int64.
+def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, noise=None):
+    """One token per row of logits (..., V), a sample of p = softmax(logits / temperature): (...) int64.
 
     Below temperature 1 likely tokens become likelier; at 0 only the likeliest is left. The filters come after
-    the temperature, as in the released code.
+    the temperature, as in the released code. noise: e below, if it was drawn before.
     """
     if top_k == 1 or temperature < 1e-20:                        # by less than that, float32 cannot divide
         return logits.argmax(dim=-1)
     logits = filter_logits(logits / temperature, top_k, top_p)
     # The Gumbel-max trick, in its exponential form: argmax of p / e with e ~ Exp(1) is a sample of p. Unlike
     # torch.multinomial it never makes the CPU wait for the GPU.
-    noise = torch.empty_like(logits).exponential_(generator=generator)
+    if noise is None:
+        noise = torch.empty_like(logits).exponential_(generator=generator)
     return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
 
 
 def guide(logits, cfg_scale):
-    """Classifier-free guidance: from logits (2 B, V), first the conditional and then the unconditional rows,
-    to  uncond + s (cond - uncond),  (B, V): away from what the model would draw whatever it was asked for.
+    """Classifier-free guidance: from logits (2 B, ...), first the conditional and then the unconditional
+    rows, to  uncond + s (cond - uncond),  (B, ...): away from what would be drawn whatever was asked for.
     """
     conditional, unconditional = logits.chunk(2)
     return unconditional + cfg_scale * (conditional - unconditional)
 
 
-@torch.no_grad()
-def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0,
-             prefix=None, generator=None):
-    """Sample whole images as tokens, (B, N) int64.
+SCHEDULES = {"constant": lambda t: 1, "linear": lambda t: t,
+             "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2}
 
-    cond           (B,) class ids, or (B, L, E) text features with cond_mask (B, L), padding on the left
-    cfg_scale      s in  logits = uncond + s (cond - uncond); 1: no guidance, no second row; 0: unconditional
-    cfg_interval   i > -1: only tokens 0 .. i+1 are guided; -1: all are
-    temperature    divides the logits; 0, like top_k = 1, takes the most likely token
-    top_k, top_p   see filter_logits
-    prefix         (B, P) tokens to keep in front, P <= N: the rest of the picture is completed
-    generator      torch.Generator on the model's device, for reproducible samples
+
+def guidance_scales(cfg_scale, schedule, interval, passes):
+    """The scale of each pass: 1 + (s - 1) f(t), t from 0 in the first to 1 in the last one. One that grows
+    (Muse, arXiv 2301.00704) leaves the first tokens, which decide what the picture becomes, their variety."""
+    # The released code asks whether step i, which reads token i and makes token i + 1, is past the interval;
+    # token 0 comes from the prefill, before any step. So the last guided one is token i + 1.
+    last = passes if interval < 0 else interval + 2
+    return [1 + (cfg_scale - 1) * SCHEDULES[schedule](i / max(passes - 1, 1)) if i < last else 1.0
+            for i in range(passes)]
+
+
+def guided_steps(gpt, cond, cond_mask, scales, given, single):
+    """Run the condition and the given tokens (B, P); returns the logits (B, 1, V) of the first token to draw;
+    a function for the passes after it; and the caches, to be given back. All logits are guided.
+
+    scales  of all passes, a list; single: one token a pass, none is run ahead
     """
-    if not (math.isfinite(cfg_scale) and cfg_interval >= -1 and 0 <= temperature < math.inf and top_k >= 0 and
-            0 < top_p <= 1):
-        raise InputError("cfg_scale has to be finite, cfg_interval >= -1, temperature and top_k >= 0, top_p "
-                         f"in (0, 1]; they are {cfg_scale}, {cfg_interval}, {temperature}, {top_k}, {top_p}")
-    gpt.check_cond(cond, cond_mask, wait=True)
-    B, N, L = cond.shape[0], gpt.config.block_size, gpt.config.cls_token_num
-    P = 0 if prefix is None else check_tensor("prefix", prefix, (B, "P"), cond.device, gpt.config.vocab_size,
-                                              wait=True, most=N)
-    tokens = torch.zeros(B, N, dtype=torch.long, device=cond.device)
-    tokens[:, :P] = prefix if P else 0
-    if P == N:
-        return tokens
-
+    (B, P), L, device = given.shape, gpt.config.cls_token_num, cond.device
     # Guidance needs each sequence twice. Both go through the network as one batch, [conditional;
     # unconditional]: reading the weights is what takes the time, and they are read once for both.
     # With s = 1 the equation gives the conditional logits alone: then there is nothing to compute twice.
-    guided = cfg_scale != 1 and (cfg_interval < 0 or P <= cfg_interval + 1)
+    guided = max((i + 1 for i, scale in enumerate(scales) if scale != 1), default=0)     # passes
+    scales = torch.tensor(scales, device=device)[:, None]
     twice = lambda x: torch.cat([x, x])
-    if guided:
-        cond = torch.cat([cond, gpt.cls_embedding.null(cond)])               # (R, ...)
+    if P < guided:
+        cond, given = torch.cat([cond, gpt.cls_embedding.null(cond)]), twice(given)          # (R, ...)
         # The null caption is seen through the same mask, as in the training of the released models.
         cond_mask = cond_mask if cond_mask is None else twice(cond_mask)
     # A CPU reads what is filled of the caches and no more. On a GPU, and in a step that was compiled (which
     # hides the class's own), no shape changes and a mask hides what is empty: one graph serves all places.
     # Nothing is copied to the CPU before the last token is drawn.
-    static = "step" in vars(gpt) or cond.device.type == "cuda"
+    static = single and ("step" in vars(gpt) or device.type == "cuda")
     gpt = gpt if static else packed(gpt)
-    mask = gpt.attention_mask(cond_mask) if static or cond_mask is not None else None
+    mask = None if single and not static and cond_mask is None else gpt.attention_mask(cond_mask)
     kept = gpt.take_caches(len(cond))
-    caches = [cache.first(len(cond)) for cache in kept]
-    places = torch.arange(L + N, device=cond.device).split(1)
+    caches, few = ([cache.first(R) for cache in kept] for R in (len(cond), B))
+    places = torch.arange(len(gpt.rope), device=device).split(1)
 
-    logits = gpt.prefill(twice(tokens[:, :P]) if guided else tokens[:, :P], cond, mask, caches)      # (R, V)
-    for i in range(P, N):                                        # logits are those of token i
-        logits = guide(logits, cfg_scale) if guided else logits  # (B, V)
-        newest = tokens[:, i] = draw(logits, temperature, top_k, top_p, generator)
-        if i == N - 1:
+    def step(newest, now, start, stop):
+        """Run tokens (B, S), which are a slice `now` of the picture; logits (B, Q, V) for passes from `start`
+        to before `stop`."""
+        place = places[L + now.start] if static else slice(L + now.start, L + now.stop)
+        if start < guided:
+            return guide(gpt.step(twice(newest), place, mask, caches), scales[start:stop])
+        # Past the interval the unconditional half is dropped, not computed and thrown away.
+        return gpt.step(newest, place, mask if cond_mask is None else mask[:B], few)
+
+    logits = gpt.prefill(given, cond, mask, caches)              # (R, 1, V)
+    return guide(logits, scales[P]) if P < guided else logits, step, kept
+
+
+def draw_ahead(step, pick, tokens, done, width, noise_of_one):
+    """Fill tokens (B, N) from number `done` on with what one by one would give, in fewer passes.
+
+    Jacobi iteration: guess the next `width` tokens, run them all at once, and draw each again from what the
+    guesses before it say. A draw is a function of the logits and its noise, and the noise of a token stays
+    the same in all passes: what follows right guesses is what would have been drawn one by one. So that is
+    final, one token a pass at least, and the rest are better guesses. (For the likeliest tokens: Song 2021,
+    arXiv 2002.03629; with noise: Wiggers & Hoogeboom 2020. Speculative Jacobi decoding, arXiv 2410.01699,
+    draws with new noise and accepts with probability min(1, p / q): the same distribution, more passes here.)
+    A batch goes on when all of its pictures can.
+    """
+    (B, N), guessed, noise = tokens.shape, done, []
+    while done < N:
+        stop = min(done + width, N)
+        tokens[:, guessed:stop] = tokens[:, done - 1:done]       # not drawn yet: like the newest
+        noise += [noise_of_one() for _ in range(guessed, stop)]
+        now = slice(done - 1, stop - 1)
+        drawn = pick(step(tokens[:, now], now, done, stop), noise=torch.stack(noise, dim=1))     # (B, Q)
+        right = (drawn[:, :-1] == tokens[:, done:stop - 1]).all(dim=0)                           # (Q - 1,)
+        tokens[:, done:stop] = drawn
+        settled = 1 + int(right.long().cumprod(dim=0).sum())     # how many: the CPU has to know
+        done, guessed, noise = done + settled, stop, noise[settled:]
+
+
+def check_passes(gpt, P, jacobi):
+    """InputError for a GPT that cannot draw `jacobi` tokens a pass behind P given ones."""
+    compiled = "step" in vars(gpt)
+    if gpt.neighbours and (P or jacobi > 1 or compiled) or compiled and jacobi > 1:
+        raise InputError("a GPT that draws by neighbours takes no prefix and no jacobi, and a compiled step "
+                         "one token at a time: it goes with neither of the two")
+
+
+@torch.no_grad()
+def generate(gpt, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0, top_p=1.0,
+             prefix=None, generator=None, cfg_schedule="constant", jacobi=1):
+    """Sample whole images as tokens, (B, N) int64.
+
+    cond           (B,) class ids, or (B, L, E) text features with cond_mask (B, L), padding on the left
+    cfg_scale      s in  logits = uncond + s (cond - uncond); 1: no guidance, no second row; 0: unconditional
+    cfg_interval   i > -1: only tokens 0 .. i+1 are guided (by neighbours: passes); -1: all are
+    temperature    divides the logits; 0, like top_k = 1, takes the most likely token
+    top_k, top_p   see filter_logits
+    prefix         (B, P) tokens to keep in front, P <= N: the rest of the picture is completed
+    generator      torch.Generator on the model's device, for reproducible samples
+    cfg_schedule   constant, or from 1 to s: linear or cosine, see guidance_scales
+    jacobi         tokens that are run in a pass, see draw_ahead: the same picture, but for rounding
+    """
+    if not (math.isfinite(cfg_scale) and cfg_interval >= -1 and 0 <= temperature < math.inf and top_k >= 0 and
+            0 < top_p <= 1 and cfg_schedule in SCHEDULES and jacobi >= 1):
+        raise InputError("cfg_scale has to be finite, cfg_interval >= -1, temperature and top_k >= 0, top_p "
+                         f"in (0, 1], jacobi >= 1, cfg_schedule of {', '.join(SCHEDULES)}; they are "
+                         f"{cfg_scale}, {cfg_interval}, {temperature}, {top_k}, {top_p}, {jacobi}, "
+                         f"{cfg_schedule}")
+    gpt.check_cond(cond, cond_mask, wait=True)
+    B, N = cond.shape[0], gpt.config.block_size
+    P = 0 if prefix is None else check_tensor("prefix", prefix, (B, "P"), cond.device, gpt.config.vocab_size,
+                                              wait=True, most=N)
+    check_passes(gpt, P, jacobi)
+    tokens = torch.zeros(B, N, dtype=torch.long, device=cond.device)         # in the order of drawing
+    tokens[:, :P] = prefix if P else 0
+    if P == N:
+        return tokens
+
+    passes = gpt.neighbours.passes if gpt.neighbours else [slice(i, i + 1) for i in range(N)]
+    scales = guidance_scales(cfg_scale, cfg_schedule, cfg_interval, len(passes))
+    logits, step, kept = guided_steps(gpt, cond, cond_mask, scales, tokens[:, :P],
+                                      single=not gpt.neighbours and jacobi == 1)
+    pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+    for i, now in enumerate(passes[P:], P):                      # logits (B, Q, V) of the tokens of this pass
+        newest = tokens[:, now] = pick(logits, generator=generator)
+        if now.stop == N or jacobi > 1:
             break
-        # The released code asks whether step i, which reads token i and makes token i + 1, is past the
-        # interval; token 0 comes from the prefill, before any step. So the last guided one is token i + 1.
-        if guided and cfg_interval > -1 and i > cfg_interval:
-            guided = False               # drop the unconditional half, do not compute it and throw it away
-            caches = [cache.first(B) for cache in caches]
-            mask = mask if cond_mask is None else mask[:B]
-        place = places[L + i] if static else slice(L + i, L + i + 1)
-        logits = gpt.step(twice(newest) if guided else newest, place, mask, caches)
+        logits = step(newest, now, i + 1, i + 2)
+    if jacobi > 1:
+        draw_ahead(step, pick, tokens, P + 1, jacobi,
+                   lambda: torch.empty_like(logits[:, 0]).exponential_(generator=generator))
     gpt.idle_caches[:] = [kept]                                  # for the next pictures
-    return tokens
+    return tokens[:, gpt.neighbours.order.argsort()] if gpt.neighbours else tokens
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -271,7 +344,7 @@ def sample_batch(models, conditions, rows, batch, args, device):
     with torch.no_grad():
         cond, cond_mask = conditions(rows, text, device)
     tokens = generate(gpt, cond, cond_mask, args.cfg_scale, args.cfg_interval, args.temperature, args.top_k,
-                      args.top_p, generator=generator)                       # (B, N)
+                      args.top_p, None, generator, args.cfg_schedule, args.jacobi)       # (B, N)
     return to_pictures(vq, tokens, args.image_size_eval)
 
 
@@ -339,8 +412,9 @@ def sample_npz(models, conditions, rows, side, args, device):
     path, words = Path(args.npz), [conditions.names[i] for i in rows]
     # The key of unfinished work: the models' files and every flag that changes a picture.
     files = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in (args.gpt, args.vq)]
-    key = short_hash([files, args.seed, args.batch_size, args.cfg_scale, args.cfg_interval, args.temperature,
-                      args.top_k, args.top_p, args.image_size, args.text_encoder, args.int8, args.bf16, side,
+    key = short_hash([files, args.seed, args.batch_size, args.cfg_scale, args.cfg_interval,
+                      args.cfg_schedule, args.jacobi, args.temperature, args.top_k, args.top_p,
+                      args.image_size, args.text_encoder, args.int8, args.bf16, side,
                       rows.tolist(), words])
     whole = path.with_name(f"{path.name}.{key}.arr_0")
     drawn = whole.exists()                                       # interrupted while packing
@@ -386,11 +460,15 @@ def get_args(argv=None):
         "1.5), for a released GPT 4 (with text 7.5)")
     add("--cfg-interval", type=number(int, "-1 or more", lambda n: n >= -1), default=-1,
         help="i: guide tokens 0 to i+1 only; -1: all")
+    add("--cfg-schedule", default="constant", choices=SCHEDULES,
+        help="guidance of all tokens alike, or growing from 1 to --cfg-scale")
     add("--temperature", type=not_negative, help="below 1: less varied; 0: the likeliest token; if left out "
         "0.5 (with text 0.6), for a released GPT 1")
     add("--top-k", type=natural, default=0, help="draw from the k likeliest tokens; 0: from all")
     add("--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1), default=1.0,
         help="draw from the likeliest tokens of this share")
+    add("--jacobi", type=counting, default=1, metavar="TOKENS",
+        help="guess so many tokens ahead and keep those that are right: the same pictures in fewer passes")
     add("--batch-size", type=counting,
         help="pictures drawn at the same time; if left out 100, or what fits into half of the free memory")
     add("--seed", type=natural, default=0, help="same seed and batch size, same pictures on this device")
@@ -406,8 +484,8 @@ def ready(gpt, args):
     """The GPT, prepared once for all batches; serve_vllm.py puts an engine in its place."""
     if args.compile:
         gpt.compile_step()
-        return gpt
-    return packed(gpt)
+    check_passes(gpt, 0, args.jacobi)
+    return gpt if args.compile else packed(gpt)
 
 
 def main(args):

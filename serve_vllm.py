@@ -283,7 +283,7 @@ def embed_captions(engine, cond, cond_mask):
 
 
 def generate(engine, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0,
-             top_p=1.0, prefix=None, generator=None):
+             top_p=1.0, prefix=None, generator=None, cfg_schedule="constant", jacobi=1):
     """sample.generate, drawn by vLLM: tokens (B, N) from class ids (B,) or features (B, L, E). A picture's
     random numbers are vLLM's own, from a seed that the generator gives: other pictures, equally likely."""
     V, N, B = engine.config.vocab_size, engine.config.block_size, len(cond)
@@ -323,11 +323,15 @@ def get_args(argv=None):
     args = sample.get_args(rest)
     if args.int8 or args.bf16:
         raise InputError("--int8 and --bf16 are sample.py's own: with vLLM use --dtype bfloat16")
+    if args.cfg_schedule != "constant" or args.jacobi > 1:
+        raise InputError("--cfg-schedule and --jacobi are sample.py's own: vLLM has neither")
     return argparse.Namespace(**vars(args), **vars(ours))
 
 
 def start(gpt, args):
     """sample.ready for vLLM: the GPT as an Engine."""
+    if gpt.neighbours:
+        raise InputError(f"{args.gpt} draws by neighbours, vLLM one token after the other: use sample.py")
     if gpt.rope.device.type == "cpu":
         if args.cache_gb * 2 ** 30 > free_memory(gpt.rope.device):
             raise InputError(f"--cache-gb {args.cache_gb} is more memory than is free")

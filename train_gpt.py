@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from data import (batch_indices, check_tokenizer, code_key, extract_codes, image_grid, load_data, read_about,
                   read_captions, read_codes, save_picture, spread, to_device)
@@ -150,6 +151,39 @@ def save_samples(gpt, text, vq, conditions, device, path, args, columns=8):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Guidance folded into the weights
+
+def log_likelihood(gpt, tokens, cond):
+    """log p(picture | class) of tokens (B, N) and classes (B,), in nats, (B,)."""
+    logits, _ = gpt(tokens[:, :-1], cond)                        # (B, N, V)
+    nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+    return -nats.view_as(tokens).sum(dim=1)
+
+
+def contrast(gpt, reference, tokens, cond, args):
+    """Condition contrastive alignment (CCA, arXiv 2410.09347): guidance learnt once, instead of computed for
+    every picture with a second row. Each picture is compared with the reference, which does not change, in
+    r = log p(picture | class) - log p_reference(picture | class), and again with another's class, r':
+
+        loss = - 1/lambda log sigmoid(beta r) - log sigmoid(-beta r')
+
+    Likelier with its class, unlikelier with others: in the end the classes stand further apart than the data
+    have them, as guidance puts them. A picture whose class is dropped, so that guidance is still possible, or
+    equal to the other has no wrong class: there r' counts as a second r.
+
+    tokens (B, N), cond (B,): a batch; the other class is that of the picture before. Returns the mean loss.
+    """
+    dropped = torch.rand(len(cond), device=cond.device) < args.class_dropout
+    right, other = (torch.where(dropped, reference.config.num_classes, c) for c in (cond, cond.roll(1)))
+    tokens, cond, sign = tokens.repeat(2, 1), torch.cat([right, other]), torch.where(right == other, 1, -1)
+    with torch.no_grad():
+        before = log_likelihood(reference, tokens, cond)
+    r, other_r = (args.cca_beta * (log_likelihood(gpt, tokens, cond) - before)).chunk(2)         # (B,) each
+    weight = torch.where(right == other, 1 / args.cca_lambda, 1.0)
+    return -(F.logsigmoid(r) / args.cca_lambda + weight * F.logsigmoid(sign * other_r)).mean()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The model and its optimizer
 
 @torch.no_grad()
@@ -175,11 +209,17 @@ def quick_start(gpt, codebook):
             nn.init.zeros_(linear.weight)
 
 
-def read_base(args, vq):
-    """The checkpoint --init, or {}. InputError, before pictures are tokenized, if it cannot be the start."""
+def read_base(args, state, vq, vq_hash):
+    """The checkpoint --init, or {}. InputError, before pictures are tokenized, if it cannot be the start, or
+    `state` (None: a fresh run) had another tokenizer."""
+    if args.cca and args.cond == "text":
+        raise InputError("--cca is for classes: captions of two pictures may both be true of one")
+    base, V = read_checkpoint(args.init, mmap=True) if args.init else {}, vq.config.codebook_size
+    for path, checkpoint in ((args.init, base), (args.out, state or {})):
+        if checkpoint.get("vq_hash", vq_hash) != vq_hash:
+            raise InputError(f"{path} and {args.vq} do not belong together: that GPT had another tokenizer")
     if not args.init:
-        return {}
-    base, V = read_checkpoint(args.init, mmap=True), vq.config.codebook_size
+        return base
     kind = "text" if "cls_embedding.uncond_embedding" in base["model"] else "class"
     if len(base["model"].get("tok_embeddings.weight", ())) != V:
         raise InputError(f"{args.init} does not fit {args.vq}: it is no GPT for a codebook of {V:,} entries")
@@ -193,14 +233,17 @@ def prepare_model(args, own, names, vq, base, device):
     own: what the data decide of its configuration; names: of their classes."""
     first = load_gpt(args.init, checkpoint=base) if args.init else None
     config = first.config if first else GPTConfig(**GPT_SIZES[args.size])
-    own = own | {"cond_rope": config.cond_rope} if first else own
+    own = own | ({"cond_rope": config.cond_rope} if first else {"order": args.order})
     config = replace(config, **own, token_dropout=args.dropout, resid_dropout=args.dropout,
-                     ffn_dropout=args.dropout, class_dropout=args.class_dropout, drop_path=args.drop_path)
+                     ffn_dropout=args.dropout, class_dropout=0.0 if args.cca else args.class_dropout,
+                     drop_path=args.drop_path)                   # --cca drops classes itself
     gpt = GPT(config)
     if first:
         weights, table = first.state_dict(), "cls_embedding.embedding_table.weight"
         before = first.config.num_classes
         if table in weights and (before != len(names) or base.get("class_names", names) != names):
+            if args.cca:
+                raise InputError(f"{args.cca} was trained on other classes: --cca needs one of the same data")
             # With other classes only the last row, the null class, means what it meant.
             print(f"{args.init} has {before:,} classes, the data {len(names):,} others: the table of classes "
                   f"starts anew, all other weights are kept")
@@ -263,7 +306,15 @@ def get_args(argv=None):
     add("--cond-rope", default="identity", choices=("zero", "identity"),
         help="the captions' rows of the RoPE table; zero in the paper; with --init as they were there")
     add = parser.add_argument_group("model").add_argument
-    add("--init", help="start from the weights of this GPT, of any image size: the paper's second stage")
+    starts = parser.add_mutually_exclusive_group()
+    starts.add_argument("--init", help="start from the weights of this GPT, of any image size: the paper's "
+                        "second stage")
+    starts.add_argument("--cca", metavar="REF.pt", help="start there and fold guidance into the weights; try "
+                        "--lr 3e-4 --optimizer adamw; --lr 1e-5 at the paper's sizes")
+    add("--cca-beta", type=positive, default=0.02, help="small: far from the reference")
+    add("--cca-lambda", type=positive, default=300, help="what a wrong class weighs against a right one")
+    add("--order", default="raster", choices=("raster", "neighbours"),
+        help="row by row, or all tokens of a distance from the corner at once; with --init as it was there")
     add("--paper-init", action="store_true", help="start with a std of 0.02, without quick_start")
     add("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
     add("--image-size", type=counting, help="side of the pictures; the tokenizer's own if left out")
@@ -279,7 +330,9 @@ def get_args(argv=None):
     add("--weight-decay", type=not_negative, default=0.05, help="of tensors with 2 dimensions and more")
     add("--cfg-scale", type=finite, help="guidance of the previews; sample.py's if left out")
     add("--temperature", type=not_negative, help="of the previews; sample.py's if left out")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.init = args.init or args.cca
+    return args
 
 
 def main(args):
@@ -290,10 +343,7 @@ def main(args):
     torch.manual_seed(args.seed)
     vq = load_tokenizer(args.vq, device)
     vq_hash = weights_hash(vq)
-    base = read_base(args, vq)
-    for path, checkpoint in ((args.init, base), (args.out, state or {})):
-        if checkpoint.get("vq_hash", vq_hash) != vq_hash:
-            raise InputError(f"{path} and {args.vq} do not belong together: that GPT had another tokenizer")
+    base = read_base(args, state, vq, vq_hash)
     folders = prepare_codes(args, vq, vq_hash, device)
     (codes, labels, about), (test_codes, test_labels, _) = (read_codes(folder) for folder in folders)
     names, N, V = about["class_names"], codes.shape[2], vq.config.codebook_size
@@ -313,6 +363,7 @@ def main(args):
     learns = text is not None and args.text_encoder == "tiny"    # the text encoder, together with the GPT
     nets = nn.ModuleDict({"gpt": gpt, "text": text} if learns else {"gpt": gpt})
     best = copy.deepcopy(nets).requires_grad_(False) if args.ema else nets       # what is saved, and draws
+    reference = load_gpt(args.cca, device=device).requires_grad_(False) if args.cca else None
     forwards = prepare(nets, best, lambda net: getattr(net, "layers", []), args, device)
     optimizers, preview = prepare_optimizers(nets, args), Path(args.out).with_suffix(".png")
     if state and state["config"] != asdict(gpt.config):
@@ -357,7 +408,8 @@ def main(args):
                         cond, cond_mask = train(rows, forwards.get("text", text), device)
                         # Position t sees the condition and tokens 0 .. t-1 and predicts token t: the last
                         # token is only ever a target.
-                        loss = forwards["gpt"](tokens[:, :-1], cond, tokens, cond_mask, want_logits=False)[1]
+                        loss = (contrast(forwards["gpt"], reference, tokens, cond, args) if reference else
+                                forwards["gpt"](tokens[:, :-1], cond, tokens, cond_mask, False)[1])
                     # Gradients of the parts add up; each divided by their number, they give the mean.
                     (loss / args.grad_accum).backward()
                 mean_loss += loss.detach() / args.grad_accum

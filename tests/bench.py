@@ -132,7 +132,7 @@ def middle_step(size, device, side, images):
     for cache in caches:
         cache.k.fill_(0), cache.v.fill_(0)                       # else their pages are not there yet
     place = slice(side ** 2 // 2, side ** 2 // 2 + 1)
-    token = torch.zeros(2 * images, dtype=torch.long, device=device)
+    token = torch.zeros(2 * images, 1, dtype=torch.long, device=device)
     with torch.no_grad():
         s = best_of_turns({"step": lambda: gpt.step(token, place, None, caches)}, device, 4)["step"]
     return {"grid": side, "images": images, "ms per token": s * 1e3, "ms per image": s * 1e3 / images,

@@ -396,7 +396,8 @@ def test_a_sweep_compares_with_real_pictures_and_with_reconstructions_at_equal_c
     measured = fid.precision_recall
     monkeypatch.setattr(fid, "precision_recall", lambda real, fake: counts.append((len(real), len(fake)))
                         or measured(real, fake))
-    main(get_args(["--sweep", "0", "1.5", "3", "--num-samples", "20", *models(data="shapes")]))
+    main(get_args(["--sweep", "0", "1.5", "3", "--num-samples", "20", "--cfg-schedule", "linear",
+                   *models(data="shapes")]))
     rows = (tmp_path / "out" / "sweep.csv").read_text().splitlines()
     metrics = ["FID-classifier", "Precision-classifier", "Recall-classifier"]
     assert rows[0].split(",") == ["cfg_scale", "Real test accuracy", "Class accuracy", "Outline", *metrics,

@@ -37,10 +37,11 @@ assert learns == ["project.weight", "project.bias"]              # the table sta
 assert (trained.codes().norm(dim=1) - 1).abs().max() < 1e-5
 """,
     "sample.py": SMALL + """
-draw = lambda scale: generate(gpt, cond, cfg_scale=scale, temperature=0)
-plain, guided = draw(1.0), draw(9.0)
-assert (plain[:, 0] == guided[:, 0]).all()                       # the scale begins at 1 ...
-assert (plain != guided).any()                                   # ... and grows
+from sample import guide
+logits = torch.randn(2, 1, 96)
+guided, p = guide(logits, 9.0), logits[0].softmax(dim=-1)
+assert ((guided > -torch.inf) == (p >= p.max() / 10)).all()      # what is left is likely with the class
+assert (generate(gpt, cond, cfg_scale=9.0) >= 0).all()
 """,
     "model.py": SMALL + f"""
 with torch.no_grad():                                            # cached decoding = the full forward

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import model
-from model import (GPT, GPT_SIZES, GPTConfig, Int8Linear, KVCache, RMSNorm, apply_rope, load_gpt, packed,
-                   quantize, rope_table)
+from model import (GPT, GPT_SIZES, GPTConfig, Int8Linear, KVCache, Neighbours, RMSNorm, apply_rope, load_gpt,
+                   packed, quantize, rope_table)
 from runs import InputError
 
 SMALL = dict(dim=64, n_layer=3, n_head=4, vocab_size=96, block_size=16, num_classes=10)
@@ -99,6 +99,75 @@ def test_no_tokens_give_the_logits_of_the_first_and_too_many_are_refused():
     with pytest.raises(InputError, match=r"tokens is .*\(2, 16\).*at most 15 long"):
         gpt(torch.zeros(2, 16, dtype=torch.long), torch.tensor([0, 10]))
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Drawn by neighbours
+
+def near_gpt(**changes):
+    gpt = small_gpt(order="neighbours", **changes).eval()
+    torch.nn.init.normal_(gpt.lower.weight, std=0.5)
+    return gpt
+
+
+def test_by_neighbours_all_places_of_a_distance_follow_one_another():
+    near = Neighbours(3)
+    assert near.order.tolist() == [0, 1, 3, 2, 4, 6, 5, 7, 8]
+    assert near.turn.tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 4]
+    assert [near.order[part].tolist() for part in near.passes] == [[0], [1, 3], [2, 4, 6], [5, 7], [8]]
+
+
+def test_by_neighbours_a_token_moves_exactly_the_logits_of_larger_distances():
+    gpt, cond = near_gpt(), torch.tensor([3])
+    tokens = torch.arange(16)[None]
+    before, distance = gpt(tokens[:, :-1], cond)[0], torch.arange(16) // 4 + torch.arange(16) % 4
+    for place in range(15):
+        changed = tokens.clone()
+        changed[:, place] += 50
+        after = gpt(changed[:, :-1], cond)[0]
+        moved = (after - before).abs().amax(dim=-1)[0] > 1e-4
+        assert torch.equal(moved, distance > distance[place]), place
+    assert ((gpt(tokens[:, :-1], cond + 1)[0] - before).abs().amax(dim=-1) > 1e-4).all()
+
+
+def test_by_neighbours_a_place_has_the_mean_of_what_its_left_and_its_upper_neighbour_say():
+    """In blocks that change nothing the output of a token is that of its own embedding."""
+    gpt = near_gpt(block_size=9, n_layer=1)
+    torch.nn.init.zeros_(gpt.layers[0].attention.wo.weight)
+    torch.nn.init.zeros_(gpt.layers[0].feed_forward.w2.weight)
+    tokens, cond = torch.randint(96, (1, 9)), torch.tensor([3])
+    h = gpt.norm(gpt.tok_embeddings(tokens))[0].unflatten(0, (3, 3))             # (row, column, D)
+    right, lower = gpt.output(h), gpt.lower(h)
+    expected = torch.zeros(3, 3, 96)
+    for row in range(3):
+        for column in range(3):
+            said = [right[row, column - 1]] * (column > 0) + [lower[row - 1, column]] * (row > 0)
+            expected[row, column] = (sum(said) / len(said) if said else
+                                     gpt.output(gpt.norm(gpt.cls_embedding(cond)))[0, 0])
+    logits, loss = gpt(tokens[:, :-1], cond, tokens)
+    torch.testing.assert_close(logits[0], expected.flatten(0, 1), rtol=1e-4, atol=1e-4)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[0], tokens[0]).item(), abs=1e-5)
+
+
+def test_by_neighbours_the_last_token_is_never_an_input_and_parts_of_a_picture_are_refused():
+    gpt, tokens, cond = near_gpt(), torch.zeros(2, 15, dtype=torch.long), torch.tensor([1, 2])
+    assert gpt(tokens, cond)[0].shape == (2, 16, 96)
+    with pytest.raises(InputError, match="all tokens but the last"):
+        gpt(tokens[:, :9], cond)
+
+
+def test_by_neighbours_a_checkpoint_says_what_it_is_and_one_that_does_not_is_raster(tmp_path):
+    gpt = near_gpt()
+    saved = {"model": gpt.state_dict(), "config": vars(gpt.config)}
+    torch.save(saved, tmp_path / "near.pt")
+    tokens, cond = torch.randint(96, (2, 15)), torch.tensor([1, 2])
+    assert torch.equal(load_gpt(tmp_path / "near.pt")(tokens, cond)[0], gpt(tokens, cond)[0])
+    before = {name: value for name, value in saved["config"].items() if name != "order"}
+    torch.save(saved | {"config": before}, tmp_path / "old.pt")
+    with pytest.raises(InputError, match="lower.weight"):
+        load_gpt(tmp_path / "old.pt")
+
+
+# ------------------------------------------------------------------------------------------------------------
 
 def test_rope_keeps_lengths_and_depends_on_the_distance_only():
     config = GPTConfig(**SMALL)

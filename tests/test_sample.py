@@ -20,7 +20,7 @@ import train_vq
 from conftest import ROOT
 from data import image_grid, imagenet_names
 from model import GPT, GPT_SIZES, GPTConfig
-from sample import draw, filter_logits, generate, get_args, main, parse_classes
+from sample import draw, filter_logits, generate, get_args, guidance_scales, main, parse_classes
 from test_text import write_t5
 from text import saved_text_encoder, tiny_text_encoder
 from runs import InputError, weights_hash
@@ -104,6 +104,118 @@ def test_a_prefix_is_kept_and_completed_as_if_it_had_been_sampled(gpt):
         assert torch.equal(generate(gpt, cond, cfg_scale=2.0, top_k=1, prefix=whole[:, :P]), whole)
     other = (whole[:, :9] + 1) % 64
     assert torch.equal(generate(gpt, cond, prefix=other)[:, :9], other)
+
+
+def test_growing_scales_start_at_one_and_end_at_the_scale(gpt):
+    """By formula: 1 + (s - 1) t, or half a cosine; and each token is that of its own scale."""
+    assert guidance_scales(3.0, "constant", -1, 4) == [3.0] * 4
+    assert guidance_scales(3.0, "linear", -1, 5) == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert guidance_scales(3.0, "linear", 1, 5) == [1.0, 1.5, 2.0, 1.0, 1.0]         # tokens 0 .. 2
+    assert guidance_scales(3.0, "cosine", -1, 5) == pytest.approx([1, 1 + 2 * .146447, 2, 1 + 2 * .853553, 3])
+    cond, null, tokens = torch.tensor([1, 7]), torch.tensor([10, 10]), torch.zeros(2, 0, dtype=torch.long)
+    for i in range(16):
+        with_class, without = gpt(tokens, cond)[0][:, -1], gpt(tokens, null)[0][:, -1]
+        logits = without + (1 + 4 * i / 15) * (with_class - without)
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(generate(gpt, cond, cfg_scale=5.0, cfg_schedule="linear", top_k=1), tokens)
+    assert not torch.equal(generate(gpt, cond, cfg_scale=5.0, top_k=1), tokens)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(top_k=1, cfg_scale=3.0), dict(cfg_scale=2.0, cfg_interval=5),
+                                      dict(cfg_scale=4.0, cfg_schedule="linear", top_k=9, top_p=0.8)])
+@pytest.mark.parametrize("width", [2, 5, 16, 40])
+def test_tokens_drawn_ahead_are_those_drawn_one_by_one(gpt, settings, width):
+    cond, prefix = torch.tensor([1, 7, 10]), torch.tensor([[5, 6, 7]]).expand(3, 3)
+    seed = lambda: torch.Generator().manual_seed(3)
+    for more in ({}, dict(prefix=prefix)):
+        plain = generate(gpt, cond, generator=seed(), **settings, **more)
+        assert torch.equal(generate(gpt, cond, generator=seed(), jacobi=width, **settings, **more), plain)
+
+
+def test_tokens_drawn_ahead_with_padded_captions_are_those_drawn_one_by_one(golden):
+    arrays, weights = golden("gpt_t2i")
+    config = {key[7:]: int(value) for key, value in arrays.items() if key.startswith("config.")}
+    gpt = GPT(GPTConfig(**config, model_type="t2i")).eval()
+    gpt.load_state_dict(weights)
+    tokens = generate(gpt, arrays["cond"], arrays["cond_mask"], cfg_scale=3.0, cfg_interval=5, top_k=1,
+                      jacobi=4)
+    assert torch.equal(tokens, arrays["greedy.cfg3_interval5"])
+
+
+def test_tokens_drawn_ahead_follow_the_exact_distribution():
+    """Pearson's statistic over the 81 pictures of 4 tokens out of 3, beside their exact probabilities."""
+    gpt = GPT(GPTConfig(**SMALL | dict(vocab_size=3, block_size=4, n_layer=1, dim=16))).eval()
+    for weight in gpt.parameters():
+        torch.nn.init.normal_(weight, std=0.4)
+    pictures = torch.cartesian_prod(*[torch.arange(3)] * 4)                      # (81, 4)
+    with torch.no_grad():
+        log_p = gpt(pictures[:, :-1], torch.full((81,), 2))[0].log_softmax(-1).gather(2, pictures[..., None])
+    p = log_p.sum(dim=(1, 2)).exp()
+    assert p.sum() == pytest.approx(1, abs=1e-5) and p.max() < 0.5
+    generator = torch.Generator().manual_seed(0)                 # one at a time, each at its own pace
+    drawn = torch.cat([generate(gpt, torch.tensor([2]), generator=generator, jacobi=3) for _ in range(1000)])
+    seen = torch.bincount(drawn @ torch.tensor([27, 9, 3, 1]), minlength=81)
+    often = 1000 * p >= 5                                        # the seldom ones are counted together
+    expected, counted = (torch.cat([x[often], x[~often].sum()[None]]) for x in (1000 * p, seen))
+    k = often.sum().item()
+    assert k > 20 and ((counted - expected) ** 2 / expected).sum() < k + 4 * (2 * k) ** 0.5
+
+
+def test_a_model_that_repeats_itself_is_drawn_in_fewer_passes(monkeypatch):
+    gpt = GPT(GPTConfig(**SMALL)).eval()                         # all tokens alike: the likeliest is number 0
+    runs, step = [], GPT.step
+    monkeypatch.setattr(GPT, "step", lambda self, given, *rest: runs.append(given.shape) or step(self, given,
+                                                                                                  *rest))
+    generate(gpt, torch.tensor([1]), top_k=1, jacobi=5)
+    assert runs == [(1, 5)] * 3                                  # 1 from the prefill, then 5 a pass
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Drawn by neighbours
+
+@pytest.fixture
+def near():
+    gpt = GPT(GPTConfig(**SMALL, order="neighbours")).eval()
+    for weight in gpt.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return gpt
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_by_neighbours_decoding_with_the_cache_equals_the_full_forward(near, cfg_scale):
+    cond, null = torch.tensor([1, 7, 10]), torch.tensor([10] * 3)
+    tokens = torch.zeros(3, 16, dtype=torch.long)
+    distance = torch.arange(16) // 4 + torch.arange(16) % 4
+    for turn in range(7):
+        with_class, without = (near(tokens[:, :-1], given)[0] for given in (cond, null))
+        drawn = (without + cfg_scale * (with_class - without)).argmax(dim=-1)
+        tokens = torch.where(distance == turn, drawn, tokens)
+    assert torch.equal(generate(near, cond, cfg_scale=cfg_scale, top_k=1), tokens)
+
+
+def test_by_neighbours_a_picture_takes_as_many_passes_as_there_are_distances(near, monkeypatch):
+    runs, step = [], GPT.step
+    monkeypatch.setattr(GPT, "step", lambda self, given, *rest: runs.append(given.shape) or step(self, given,
+                                                                                                  *rest))
+    generate(near, torch.tensor([1]), cfg_scale=2.0, cfg_interval=2)
+    # The prefill was one pass; 0 to 3 of 7 are guided.
+    assert runs == [(2, 1), (2, 2), (2, 3), (1, 4), (1, 3), (1, 2)]
+
+
+def test_what_goes_with_one_order_only_is_refused_in_the_other(gpt, near):
+    cond = torch.tensor([1])
+    for settings in (dict(prefix=torch.zeros(1, 3, dtype=torch.long)), dict(jacobi=2)):
+        with pytest.raises(InputError, match="neighbours"):
+            generate(near, cond, **settings)
+    gpt.compile_step()
+    near.compile_step()
+    for given, settings in ((near, {}), (gpt, dict(jacobi=2))):
+        with pytest.raises(InputError, match="compiled"):
+            generate(given, cond, **settings)
+    with pytest.raises(InputError, match="jacobi 0|jacobi >= 1"):
+        generate(gpt, cond, jacobi=0)
+    with pytest.raises(InputError, match="cfg_schedule"):
+        generate(gpt, cond, cfg_schedule="steep")
 
 
 def test_the_same_generator_seed_gives_the_same_picture_and_another_does_not(gpt):
@@ -308,12 +420,13 @@ def test_killed_while_packing_nothing_is_drawn_twice(tmp_path, checkpoints, monk
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("s.npz.")]
 
 
-def test_unfinished_work_is_not_continued_under_other_flags(tmp_path, checkpoints, monkeypatch):
+@pytest.mark.parametrize("other", [["--cfg-scale", "3"], ["--cfg-schedule", "linear"], ["--jacobi", "3"]])
+def test_unfinished_work_is_not_continued_under_other_flags(tmp_path, checkpoints, monkeypatch, other):
     drawn = die_at(2, monkeypatch)
     flags = [*checkpoints, "--num-samples", "12", "--batch-size", "5", "--npz", str(tmp_path / "s.npz")]
     with pytest.raises(RuntimeError, match="killed"):
         main(get_args(flags))
-    main(get_args([*flags, "--cfg-scale", "3"]))
+    main(get_args([*flags, *other]))
     assert drawn == [0, 1, 0, 1, 2]
 
 
@@ -372,7 +485,7 @@ def test_a_released_gpt_draws_one_picture_of_each_imagenet_class(tmp_path, check
 def test_the_command_draws_a_grid_with_every_sampling_flag(tmp_path, checkpoints):
     main(get_args([*checkpoints, "--out", str(tmp_path / "grid.png"), "--per-class", "2", "--cfg-scale", "3",
                    "--cfg-interval", "4", "--temperature", "0.9", "--top-k", "20", "--top-p", "0.9",
-                   "--seed", "1"]))
+                   "--cfg-schedule", "cosine", "--jacobi", "4", "--seed", "1"]))
     assert (tmp_path / "grid.png").stat().st_size > 1000
 
 

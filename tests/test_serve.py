@@ -68,6 +68,11 @@ def test_without_vllm_it_is_one_line_and_help_still_works(tmp_path, monkeypatch)
 def test_wrong_flags_are_one_line():
     with pytest.raises(runs.InputError, match="--dtype bfloat16"):
         serve_vllm.get_args(["--int8"])
+    for flags in (["--jacobi", "4"], ["--cfg-schedule", "linear"]):
+        with pytest.raises(runs.InputError, match="vLLM has neither"):
+            serve_vllm.get_args(flags)
+    with pytest.raises(runs.InputError, match="by neighbours"):
+        serve_vllm.start(a_gpt(order="neighbours"), serve_vllm.get_args(["--gpt", "near.pt"]))
     with pytest.raises(runs.InputError, match="--cache-gb 1000000 is more memory than is free"):
         serve_vllm.start(a_gpt(), serve_vllm.get_args(["--cache-gb", "1000000"]))
     with pytest.raises(SystemExit):

@@ -1,6 +1,8 @@
 """pytest -q tests/test_training.py      Both training scripts: losses,
 schedule, a few real steps, resuming."""
+import argparse
 import contextlib
+import copy
 import functools
 import json
 import math
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -238,6 +241,79 @@ def test_muons_step_is_nearly_as_long_in_every_direction_whatever_the_gradient()
 def load_gpt_config():
     from model import GPT, GPTConfig
     return GPT(GPTConfig(dim=32, n_layer=2, n_head=2, vocab_size=16, block_size=4))
+
+
+def two_gpts():
+    config = GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=16, block_size=4, num_classes=5)
+    gpts = GPT(config).eval(), GPT(config).eval()
+    for weight in chain(*(gpt.parameters() for gpt in gpts)):
+        torch.nn.init.normal_(weight, std=0.3)
+    return gpts
+
+
+def test_the_contrast_of_a_gpt_with_itself_has_its_closed_form():
+    gpt, tokens = two_gpts()[0], torch.randint(16, (4, 4))
+    args = argparse.Namespace(class_dropout=0.0, cca_beta=0.02, cca_lambda=10.0)
+    for classes, weight in (([0, 1, 2, 3], 1.0), ([2, 2, 2, 2], 0.1), ([0, 0, 1, 2], (3 + 0.1) / 4)):
+        loss = train_gpt.contrast(gpt, gpt, tokens, torch.tensor(classes), args)
+        assert loss.item() == pytest.approx(math.log(2) * (0.1 + weight), abs=1e-6)
+    args.class_dropout = 1.0                                     # without a class nothing is wrong
+    loss = train_gpt.contrast(gpt, gpt, tokens, torch.tensor([0, 1, 2, 3]), args)
+    assert loss.item() == pytest.approx(math.log(2) * 0.2, abs=1e-6)
+
+
+def test_the_contrast_is_that_of_the_formula():
+    (gpt, reference), tokens, cond = two_gpts(), torch.randint(16, (3, 4)), torch.tensor([0, 1, 2])
+    args = argparse.Namespace(class_dropout=0.0, cca_beta=0.5, cca_lambda=7.0)
+    logits = lambda net, picture, c: net(tokens[picture:picture + 1, :-1], torch.tensor([c]))[0][0]
+    log_p = lambda *what: logits(*what).log_softmax(-1)[range(4), tokens[what[1]]].sum()
+    expected = 0
+    for picture, (right, wrong) in enumerate(((0, 2), (1, 0), (2, 1))):
+        r, other = (log_p(gpt, picture, c) - log_p(reference, picture, c) for c in (right, wrong))
+        expected -= (torch.sigmoid(0.5 * r).log() + 7 * torch.sigmoid(-0.5 * other).log()) / 7 / 3
+    loss = train_gpt.contrast(gpt, reference, tokens, cond, args)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(weight.grad is None for weight in reference.parameters())
+
+
+def test_steps_along_the_contrast_make_pictures_likelier_with_their_class_than_with_others():
+    gpt, _ = two_gpts()
+    reference, tokens, cond = copy.deepcopy(gpt), torch.randint(16, (5, 4)), torch.arange(5)
+    args = argparse.Namespace(class_dropout=0.0, cca_beta=0.1, cca_lambda=10.0)
+    gap = lambda: (train_gpt.log_likelihood(gpt, tokens, cond) - train_gpt.log_likelihood(
+        gpt, tokens, cond.roll(1))).mean().item()
+    before, optimizer = gap(), torch.optim.SGD(gpt.parameters(), lr=1.0)
+    for _ in range(20):
+        train_gpt.contrast(gpt, reference, tokens, cond, args).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert gap() > before + 1
+
+
+def test_guidance_is_folded_into_a_copy_of_the_reference_also_in_a_resumed_run(trained, tmp_path):
+    flags = ["--vq", str(trained / "vq.pt"), "--cca", str(trained / "gpt.pt"), "--optimizer", "adamw",
+             "--steps", "4"]
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = run_gpt(tmp_path / "a", *flags)
+    reference = torch.load(trained / "gpt.pt", weights_only=True)["model"]
+    assert whole["model"].keys() == reference.keys()
+    assert not torch.equal(whole["model"]["output.weight"], reference["output.weight"])
+    with ctrl_c(train_gpt, step=2):
+        run_gpt(tmp_path / "b", *flags)
+    resumed = run_gpt(tmp_path / "b", *flags, "--resume")
+    assert all(torch.equal(resumed["model"][name], weight) for name, weight in whole["model"].items())
+
+
+def test_a_gpt_that_draws_by_neighbours_is_trained_resumed_and_starts_another(trained, tmp_path):
+    flags = ["--vq", str(trained / "vq.pt"), "--order", "neighbours", "--steps", "2"]
+    state = run_gpt(tmp_path, *flags)
+    assert state["config"]["order"] == "neighbours" and "lower.weight" in state["model"]
+    run_gpt(tmp_path, *flags[:-1], "3", "--resume")
+    base = str(tmp_path / "gpt.pt")
+    (tmp_path / "next").mkdir()
+    state = run_gpt(tmp_path / "next", "--vq", str(trained / "vq.pt"), "--init", base, "--steps", "1")
+    assert state["config"]["order"] == "neighbours"
 
 
 def test_batches_of_codes_pick_a_random_crop_of_each_picture_that_could_be_read():
@@ -506,6 +582,16 @@ def test_wrong_input_is_one_clear_line_and_not_a_traceback(trained, tmp_path, mo
         (train_gpt, ["--resume", "--out", trained / "vq.pt"], "not written by this script"),
         (train_gpt, ["--vq", trained / "vq.pt", "--data", "mnist", "--cond", "text"], "no captions"),
         (train_gpt, ["--vq", tmp_path / "junk.pt"], "junk.pt"),
+        (train_gpt, ["--order", "spiral"], "spiral"),
+        (train_gpt, ["--vq", trained / "vq.pt", "--cca", tmp_path / "none.pt"], "none.pt does not exist"),
+        (train_gpt, ["--cca", trained / "gpt.pt", "--init", trained / "gpt.pt"], "not allowed with"),
+        (train_gpt, ["--vq", trained / "vq.pt", "--cca", trained / "gpt.pt", "--cond", "text"],
+         "for classes"),
+        (train_gpt, ["--vq", trained / "vq.pt", "--cca", trained / "gpt.pt", "--out", trained / "gpt.pt"],
+         "would overwrite"),
+        (sample, [*models, "--cfg-schedule", "steep"], "steep"),
+        (sample, [*models, "--jacobi", "0"], "not above zero"),
+        (sample, [*models, "--jacobi", "4", "--compile"], "one token at a time"),
         (train_gpt, ["--vq", trained / "gpt.pt"], "not a tokenizer"),
         (sample, [*models, "--classes", "10"], "0 to 9"),
         (sample, ["--temperature", "nan"], "not 0 or more"),
