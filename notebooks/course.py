@@ -154,7 +154,7 @@ class Curve:
 # The day before
 
 def notebooks():
-    return sorted(HERE.glob("[1-9]_*.ipynb"), key=lambda path: int(path.name.split("_")[0]))
+    return sorted(HERE.glob("[1-9]*_*.ipynb"), key=lambda path: int(path.name.split("_")[0]))
 
 
 def tell(good, what):

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import beyond
 import bench
+import fid
 import runs
 from model import GPT, GPT_SIZES, GPTConfig
 
@@ -39,3 +41,28 @@ def test_the_peak_is_that_since_its_start():
     before = bench.peak_bytes(cpu)
     torch.ones(2 ** 26)
     assert 2 ** 28 * 0.9 < bench.peak_bytes(cpu) - before < 2 ** 28 * 1.5
+
+
+@pytest.mark.long
+def test_beyond_trains_what_is_missing_and_fills_every_row_of_its_table(tmp_path, capsys, monkeypatch):
+    class Judge:
+        def __init__(self, args, device):
+            pass
+
+        def measure(self, path):
+            return dict.fromkeys(beyond.FIGURES.values(), 0.5)
+
+    monkeypatch.setattr(fid, "Judged", Judge)
+    flags = ["--out", str(tmp_path), "--seeds", "1", "--scale", "0.001", "--limit", "64", "--images", "10",
+             "--rounds", "1"]
+    beyond.main(beyond.get_args([*flags, "--device", "cpu"]))
+    table = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+    assert table.keys() == beyond.ROWS.keys()
+    assert table["plain, no guidance"]["passes, 1"] == 64
+    assert table["neighbours, guidance 2"]["passes, 1"] == 15
+    assert 1 < table["plain, guidance 1.5, 12 tokens ahead"]["passes, 1"] <= 64
+    told = capsys.readouterr().out
+    assert "| CCA, no guidance | 64 |" in told and "| the same |" in told
+    before = (tmp_path / "plain_0.pt").stat().st_mtime_ns
+    beyond.train(beyond.get_args(flags), 0)
+    assert (tmp_path / "plain_0.pt").stat().st_mtime_ns == before

@@ -181,16 +181,23 @@ def near():
     return gpt
 
 
+@pytest.mark.parametrize("kind", ["c2i", "t2i"])
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
-def test_by_neighbours_decoding_with_the_cache_equals_the_full_forward(near, cfg_scale):
-    cond, null = torch.tensor([1, 7, 10]), torch.tensor([10] * 3)
-    tokens = torch.zeros(3, 16, dtype=torch.long)
+def test_by_neighbours_decoding_with_the_cache_equals_the_full_forward(near, kind, cfg_scale):
+    cond, mask = torch.tensor([1, 7, 10]), None
+    if kind == "t2i":
+        near = GPT(GPTConfig(**SMALL, order="neighbours", model_type="t2i", cls_token_num=3,
+                             caption_dim=8)).eval()
+        for weight in near.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+        cond, mask = torch.randn(3, 3, 8), torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 1]])
+    null, tokens = near.cls_embedding.null(cond), torch.zeros(3, 16, dtype=torch.long)
     distance = torch.arange(16) // 4 + torch.arange(16) % 4
     for turn in range(7):
-        with_class, without = (near(tokens[:, :-1], given)[0] for given in (cond, null))
-        drawn = (without + cfg_scale * (with_class - without)).argmax(dim=-1)
+        asked, without = (near(tokens[:, :-1], given, cond_mask=mask)[0] for given in (cond, null))
+        drawn = (without + cfg_scale * (asked - without)).argmax(dim=-1)
         tokens = torch.where(distance == turn, drawn, tokens)
-    assert torch.equal(generate(near, cond, cfg_scale=cfg_scale, top_k=1), tokens)
+    assert torch.equal(generate(near, cond, mask, cfg_scale=cfg_scale, top_k=1), tokens)
 
 
 def test_by_neighbours_a_picture_takes_as_many_passes_as_there_are_distances(near, monkeypatch):
