@@ -81,14 +81,15 @@ SCHEDULES = {"constant": lambda t: 1, "linear": lambda t: t,
              "cosine": lambda t: (1 - math.cos(math.pi * t)) / 2}
 
 
-def guidance_scales(cfg_scale, schedule, interval, passes):
-    """The scale of each pass: 1 + (s - 1) f(t), t from 0 in the first to 1 in the last one. One that grows
-    (Muse, arXiv 2301.00704) leaves the first tokens, which decide what the picture becomes, their variety."""
+def guidance_scales(cfg_scale, schedule, interval, count):
+    """The scale of each of `count` passes: 1 + (s - 1) f(t), t from 0 in the first to 1 in the last one, cut
+    off by an interval. One that grows (Muse, arXiv 2301.00704) leaves the first tokens, which decide what the
+    picture becomes, their variety."""
     # The released code asks whether step i, which reads token i and makes token i + 1, is past the interval;
     # token 0 comes from the prefill, before any step. So the last guided one is token i + 1.
-    last = passes if interval < 0 else interval + 2
-    return [1 + (cfg_scale - 1) * SCHEDULES[schedule](i / max(passes - 1, 1)) if i < last else 1.0
-            for i in range(passes)]
+    last = count if interval < 0 else interval + 2
+    return [1 + (cfg_scale - 1) * SCHEDULES[schedule](i / max(count - 1, 1)) if i < last else 1.0
+            for i in range(count)]
 
 
 def guided_steps(gpt, cond, cond_mask, scales, given, single):
@@ -134,13 +135,12 @@ def guided_steps(gpt, cond, cond_mask, scales, given, single):
 def draw_ahead(step, pick, tokens, done, width, noise_of_one):
     """Fill tokens (B, N) from number `done` on with what one by one would give, in fewer passes.
 
-    Jacobi iteration: guess the next `width` tokens, run them all at once, and draw each again from what the
-    guesses before it say. A draw is a function of the logits and its noise, and the noise of a token stays
-    the same in all passes: what follows right guesses is what would have been drawn one by one. So that is
-    final, one token a pass at least, and the rest are better guesses. (For the likeliest tokens: Song 2021,
-    arXiv 2002.03629; with noise: Wiggers & Hoogeboom 2020. Speculative Jacobi decoding, arXiv 2410.01699,
-    draws with new noise and accepts with probability min(1, p / q): the same distribution, more passes here.)
-    A batch goes on when all of its pictures can.
+    Jacobi iteration (Song 2021, arXiv 2002.03629): run the newest token and `width` - 1 guesses behind it at
+    once, and draw each again from what is before it. A draw is a function of the logits and its noise, and
+    the noise of a token stays the same in all passes: what follows right guesses is what would have been
+    drawn one by one. So that is final, one token a pass at least, and the rest are better guesses.
+    (Speculative Jacobi decoding, arXiv 2410.01699, draws with new noise and accepts with probability
+    min(1, p / q): the same distribution, more passes here.) A batch goes on when all of its pictures can.
     """
     (B, N), guessed, noise = tokens.shape, done, []
     while done < N:
@@ -158,9 +158,10 @@ def draw_ahead(step, pick, tokens, done, width, noise_of_one):
 def check_passes(gpt, P, jacobi):
     """InputError for a GPT that cannot draw `jacobi` tokens a pass behind P given ones."""
     compiled = "step" in vars(gpt)
-    if gpt.neighbours and (P or jacobi > 1 or compiled) or compiled and jacobi > 1:
-        raise InputError("a GPT that draws by neighbours takes no prefix and no jacobi, and a compiled step "
-                         "one token at a time: it goes with neither of the two")
+    if gpt.neighbours and (P or jacobi > 1 or compiled):
+        raise InputError("this GPT draws by neighbours: without prefix, jacobi and compiled step")
+    if compiled and jacobi > 1:
+        raise InputError("a compiled step runs one token at a time: leave jacobi out, or compile")
 
 
 @torch.no_grad()
@@ -321,7 +322,7 @@ def cache_bytes(config, rows, places, size=4):
     return 2 * config.n_layer * rows * places * heads * config.dim // config.n_head * size
 
 
-def fitting_batch(gpt, cfg_scale, device):
+def fitting_batch(gpt, cfg_scale, device, jacobi=1):
     """How many pictures are drawn at the same time if nobody says so: 100, or of 64, 32, ..., 1 as many as
     have their keys, values and logits in half of the free memory. Processes agree on the least.
 
@@ -329,7 +330,8 @@ def fitting_batch(gpt, cfg_scale, device):
     should choose the same on another day.
     """
     rows, size = 1 + (cfg_scale != 1), gpt.tok_embeddings.weight.element_size()
-    each = cache_bytes(gpt.config, rows, len(gpt.rope), size) + rows * 4 * 4 * gpt.config.vocab_size
+    most = max(jacobi, math.isqrt(gpt.config.block_size) if gpt.neighbours else 1)       # tokens of a pass
+    each = cache_bytes(gpt.config, rows, len(gpt.rope), size) + rows * most * 4 * 4 * gpt.config.vocab_size
     fits = -largest(-(free_memory(device) // 2 // each))[0]
     return next(size for size in (100, 64, 32, 16, 8, 4, 2, 1) if size <= max(fits, 1))
 
@@ -468,7 +470,8 @@ def get_args(argv=None):
     add("--top-p", type=number(float, "above 0 and at most 1", lambda x: 0 < x <= 1), default=1.0,
         help="draw from the likeliest tokens of this share")
     add("--jacobi", type=counting, default=1, metavar="TOKENS",
-        help="guess so many tokens ahead and keep those that are right: the same pictures in fewer passes")
+        help="run so many a pass, the newest and guesses behind it: fewer passes, the same pictures (with "
+        "--int8 similar ones)")
     add("--batch-size", type=counting,
         help="pictures drawn at the same time; if left out 100, or what fits into half of the free memory")
     add("--seed", type=natural, default=0, help="same seed and batch size, same pictures on this device")
@@ -498,7 +501,7 @@ def main(args):
     args.cfg_scale = cfg_scale if args.cfg_scale is None else args.cfg_scale
     args.temperature = temperature if args.temperature is None else args.temperature
     side = args.image_size_eval or math.isqrt(gpt.config.block_size) * vq.config.downsample
-    args.batch_size = args.batch_size or fitting_batch(gpt, args.cfg_scale, device)
+    args.batch_size = args.batch_size or fitting_batch(gpt, args.cfg_scale, device, args.jacobi)
     if text is None and (args.prompts or args.prompts_file):
         raise InputError(f"{args.gpt} draws classes, not prompts: use --classes, or train with --cond text")
     if text and args.classes:

@@ -285,7 +285,8 @@ def embed_captions(engine, cond, cond_mask):
 def generate(engine, cond, cond_mask=None, cfg_scale=1.0, cfg_interval=-1, temperature=1.0, top_k=0,
              top_p=1.0, prefix=None, generator=None, cfg_schedule="constant", jacobi=1):
     """sample.generate, drawn by vLLM: tokens (B, N) from class ids (B,) or features (B, L, E). A picture's
-    random numbers are vLLM's own, from a seed that the generator gives: other pictures, equally likely."""
+    random numbers are vLLM's own, from a seed that the generator gives: other pictures, equally likely.
+    cfg_schedule and jacobi are not heeded: get_args refuses their flags."""
     V, N, B = engine.config.vocab_size, engine.config.block_size, len(cond)
     if cfg_scale != 1 and engine.rows == 1:
         raise InputError(f"cfg_scale {cfg_scale}: this engine was started without guidance")

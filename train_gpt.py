@@ -27,7 +27,7 @@ from files import warning
 from model import GPT, GPT_SIZES, GPTConfig, load_gpt
 from runs import (InputError, check_compile, counting, fast_dtype, fill_weights, finite, flag_parser,
                   learning_rate, mixed_precision, my_part, natural, not_negative, pick_device, positive,
-                  read_checkpoint, run, share, update_ema, weights_hash)
+                  read_checkpoint, read_config, run, share, update_ema, weights_hash)
 from sample import SETTINGS, generate
 from text import (Captions, Classes, pretrained_text_encoder, saved_text_encoder, tiny_text_encoder,
                   tiny_text_encoder_from)
@@ -173,6 +173,8 @@ def contrast(gpt, reference, tokens, cond, args):
 
     tokens (B, N), cond (B,): a batch; the other class is that of the picture before. Returns the mean loss.
     """
+    if len(cond) < 2:
+        raise InputError("--cca compares pictures: --batch-size has to be at least 2 for each process")
     dropped = torch.rand(len(cond), device=cond.device) < args.class_dropout
     right, other = (torch.where(dropped, reference.config.num_classes, c) for c in (cond, cond.roll(1)))
     tokens, cond, sign = tokens.repeat(2, 1), torch.cat([right, other]), torch.where(right == other, 1, -1)
@@ -309,12 +311,13 @@ def get_args(argv=None):
     starts = parser.add_mutually_exclusive_group()
     starts.add_argument("--init", help="start from the weights of this GPT, of any image size: the paper's "
                         "second stage")
-    starts.add_argument("--cca", metavar="REF.pt", help="start there and fold guidance into the weights; try "
-                        "--lr 3e-4 --optimizer adamw; --lr 1e-5 at the paper's sizes")
-    add("--cca-beta", type=positive, default=0.02, help="small: far from the reference")
-    add("--cca-lambda", type=positive, default=300, help="what a wrong class weighs against a right one")
-    add("--order", default="raster", choices=("raster", "neighbours"),
-        help="row by row, or all tokens of a distance from the corner at once; with --init as it was there")
+    starts.add_argument("--cca", metavar="REF.pt", help="start there and fold guidance into the weights: "
+                        "then sample with --cfg-scale 1. Take --optimizer adamw --lr 6e-4, large GPTs 1e-5")
+    add("--cca-beta", type=positive, default=0.02, help="small: far from the reference; of 64 tokens 0.1")
+    add("--cca-lambda", type=positive, default=300,
+        help="what a wrong class weighs against a right one; for runs of minutes 30")
+    add("--order", default="raster", choices=("raster", "neighbours"), help="row by row, or all tokens of a "
+        "distance from the corner at once; with --init or --cca as it was there")
     add("--paper-init", action="store_true", help="start with a std of 0.02, without quick_start")
     add("--size", default="tiny", choices=GPT_SIZES, help="a row of GPT_SIZES in model.py")
     add("--image-size", type=counting, help="side of the pictures; the tokenizer's own if left out")
@@ -331,7 +334,8 @@ def get_args(argv=None):
     add("--cfg-scale", type=finite, help="guidance of the previews; sample.py's if left out")
     add("--temperature", type=not_negative, help="of the previews; sample.py's if left out")
     args = parser.parse_args(argv)
-    args.init = args.init or args.cca
+    if args.cca:
+        args.init, args.cfg_scale = args.cca, 1.0 if args.cfg_scale is None else args.cfg_scale
     return args
 
 
@@ -363,10 +367,10 @@ def main(args):
     learns = text is not None and args.text_encoder == "tiny"    # the text encoder, together with the GPT
     nets = nn.ModuleDict({"gpt": gpt, "text": text} if learns else {"gpt": gpt})
     best = copy.deepcopy(nets).requires_grad_(False) if args.ema else nets       # what is saved, and draws
-    reference = load_gpt(args.cca, device=device).requires_grad_(False) if args.cca else None
+    reference = copy.deepcopy(gpt).eval().requires_grad_(False) if args.cca else None
     forwards = prepare(nets, best, lambda net: getattr(net, "layers", []), args, device)
     optimizers, preview = prepare_optimizers(nets, args), Path(args.out).with_suffix(".png")
-    if state and state["config"] != asdict(gpt.config):
+    if state and read_config(GPTConfig, state["config"], args.out) != gpt.config:
         raise InputError(f"{args.out} was trained with other settings: resume with that run's flags")
     # 3. Go on where the checkpoint was. It is several times as large as the model: restore leaves nothing
     if state:
@@ -424,8 +428,8 @@ def main(args):
                 means = progress.means()
                 speed = tokens_per_step * means.pop("steps_per_second")
                 progress.log(**means, lr=lr, tokens_per_second=speed)
-                progress.bar.set_postfix_str(f"loss {means['loss']:.3f} nats/token, {speed:,.0f} tokens/s",
-                                             refresh=False)
+                unit = "" if args.cca else " nats/token"
+                progress.bar.set_postfix_str(f"loss {means['loss']:.3f}{unit}, {speed:,.0f} tokens/s", False)
             if progress.save_is_due():
                 save()
             if progress.step % args.eval_every == 0 and progress.rank == 0:

@@ -64,6 +64,7 @@ def train(args, seed):
             flags = [max(2, round(flag * args.scale)) if isinstance(flag, int) else flag.replace("BASE", base)
                      for flag in flags]
             flags += ["--limit", args.limit] if args.limit else []
+            flags += ["--device", args.device] if args.device else []
             train_gpt.main(train_gpt.get_args(["--vq", args.vq, "--seed", str(seed), "--out", str(out),
                                                "--eval-every", "100000", *map(str, flags)]))
 
@@ -79,7 +80,8 @@ def draw(gpt, vq, settings, images, device):
 
 def quality(args, device, table):
     """Fill each row's figures, a list over the seeds, and the tokens of ten pictures of the first one."""
-    judge = fid.Judged(fid.get_args(["shapes", "--sweep", "1", "--vq", args.vq]), device)
+    judge = fid.Judged(fid.get_args(["shapes", "--sweep", "1", "--vq", args.vq, "--num-samples",
+                                     str(args.images)]), device)
     vq, path = load_tokenizer(args.vq, device), Path(args.out) / "samples.npz"
     for seed in range(args.seeds):
         for name, (made_by, settings) in ROWS.items():
@@ -112,7 +114,8 @@ def speed(args, device, table):
             for name, (made_by, settings) in ROWS.items():
                 row, passes[0] = table.setdefault(name, {}), 0
                 began = time.perf_counter()
-                tokens = generate(gpts[made_by], (torch.arange(B, device=device) + turn) % 10,
+                shapes = (torch.arange(B, device=device) + turn) % 10
+                tokens = generate(gpts[made_by], shapes,
                                   generator=torch.Generator(device).manual_seed(turn), **settings)
                 to_pictures(vq, tokens).cpu()
                 row.setdefault(f"all ms, {B}", []).append(1000 * (time.perf_counter() - began) / B)

@@ -209,6 +209,14 @@ def test_by_neighbours_a_picture_takes_as_many_passes_as_there_are_distances(nea
     assert runs == [(2, 1), (2, 2), (2, 3), (1, 4), (1, 3), (1, 2)]
 
 
+@pytest.mark.cuda
+def test_by_neighbours_and_ahead_cuda_draws_what_the_cpu_draws(gpt, near):
+    for model, settings in ((near, {}), (gpt, dict(jacobi=5)), (gpt, dict(cfg_schedule="linear"))):
+        draws = [generate(model.to(device), torch.tensor([1, 7], device=device), cfg_scale=3.0, top_k=1,
+                          **settings).cpu() for device in ("cpu", "cuda")]
+        assert torch.equal(*draws)
+
+
 def test_what_goes_with_one_order_only_is_refused_in_the_other(gpt, near):
     cond = torch.tensor([1])
     for settings in (dict(prefix=torch.zeros(1, 3, dtype=torch.long)), dict(jacobi=2)):

@@ -303,6 +303,16 @@ def test_guidance_is_folded_into_a_copy_of_the_reference_also_in_a_resumed_run(t
         run_gpt(tmp_path / "b", *flags)
     resumed = run_gpt(tmp_path / "b", *flags, "--resume")
     assert all(torch.equal(resumed["model"][name], weight) for name, weight in whole["model"].items())
+    with pytest.raises(InputError, match="--batch-size has to be at least 2"):
+        run_gpt(tmp_path / "a", *flags, "--batch-size", "1")
+
+
+def test_a_checkpoint_from_before_an_order_could_be_chosen_is_resumed(trained, tmp_path):
+    flags = ["--vq", str(trained / "vq.pt"), "--steps"]
+    state = run_gpt(tmp_path, *flags, "1")
+    del state["config"]["order"]
+    torch.save(state, tmp_path / "gpt.pt")
+    assert run_gpt(tmp_path, *flags, "2", "--resume")["step"] == 2
 
 
 def test_a_gpt_that_draws_by_neighbours_is_trained_resumed_and_starts_another(trained, tmp_path):
