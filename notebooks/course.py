@@ -192,6 +192,8 @@ def ready():
 def without_solutions(folder):
     """Copies of the notebooks without the cells tagged `solution`, and without outputs."""
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir() or folder.resolve() == HERE:
+        sys.exit(f"{folder} would be overwritten: give the name of another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for path in notebooks():
         notebook = json.loads(path.read_text(encoding="utf-8"))

@@ -72,6 +72,13 @@ def test_the_weights_that_come_along_are_small_and_belong_together():
     assert course.load("text").eval() and course.load("text_gpt").config.model_type == "t2i"
 
 
+@pytest.mark.parametrize("folder", ["README.md", "notebooks", "notebooks/../notebooks"])
+def test_copies_for_a_class_overwrite_nothing(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match="would be overwritten"):
+        course.without_solutions(folder)
+
+
 def test_rounding_touches_float32_alone():
     given = {"a": torch.tensor([1 / 3]), "b": {"c": torch.tensor([7]), "d": "words"}}
     assert make_weights.half(given)["a"].dtype == torch.float16
