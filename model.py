@@ -100,8 +100,6 @@ def rope_table(config, device=None, base=10000.0):
     rows = angles[:, None].expand(side, side, -1)
     columns = angles[None, :].expand(side, side, -1)
     angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)                                       # (N, d/2)
-    if config.order == "neighbours":
-        angles = angles[Neighbours(side, device).order]          # as they follow one another in the sequence
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)                                    # (N, d/2, 2)
     condition = table.new_zeros(config.cls_token_num, *table.shape[1:])                          # (L, d/2, 2)
     condition[..., 0] = config.cond_rope == "identity"           # the cosine; the sine stays 0
@@ -356,10 +354,11 @@ class GPT(nn.Module):
 
     def make_tables(self):
         """What is not learnt and stays out of the state dict, on the device of the weights."""
-        device = self.norm.weight.device
+        device, L, self.neighbours = self.norm.weight.device, self.config.cls_token_num, None
         self.rope = rope_table(self.config, device)
-        self.neighbours = None if self.config.order == "raster" else Neighbours(
-            math.isqrt(self.config.block_size), device)
+        if self.config.order == "neighbours":
+            self.neighbours = Neighbours(math.isqrt(self.config.block_size), device)
+            self.rope[L:] = self.rope[L:][self.neighbours.order]         # as they follow one another
 
     def _apply(self, fn, recurse=True):
         # Called by .to(), .cuda(), .bfloat16(). The tables follow the weights to their device but stay

@@ -62,7 +62,7 @@ def test_beyond_trains_what_is_missing_and_fills_every_row_of_its_table(tmp_path
     assert table["neighbours, guidance 2"]["passes, 1"] == 15
     assert 1 < table["plain, guidance 1.5, 12 tokens ahead"]["passes, 1"] <= 64
     told = capsys.readouterr().out
-    assert "| CCA, no guidance | 64 |" in told and "| the same |" in told
+    assert "| CCA, no guidance | 64 | 64 |" in told and "| as guidance 1.5 |" in told
     before = (tmp_path / "plain_0.pt").stat().st_mtime_ns
     beyond.train(beyond.get_args(flags), 0)
     assert (tmp_path / "plain_0.pt").stat().st_mtime_ns == before

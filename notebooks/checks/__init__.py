@@ -12,8 +12,7 @@ import importlib
 import textwrap
 
 FILES = {"1": "tour", "2": "tokenizer", "3": "gpt", "4": "sampling", "5": "evaluation", "6": "text",
-         "7": "claims", "8": "speed", "9": "images", "10": "diffusion",
-         "11": "beyond"}
+         "7": "claims", "8": "speed", "9": "images", "10": "diffusion", "11": "beyond"}
 
 
 class NoAnswer(Exception):
